@@ -1,0 +1,460 @@
+"""`STMoEConfig`: one flat config, the fields of a dense Transformers family and the fields of the mixture.
+
+For each dense family one config class is derived, once and on demand: the mixture's fields on the family's own strict
+dataclass. `STMoEConfig(dense_model_type="qwen3", ...)` returns an instance of that class, so every field of the family
+is checked by the family's own rules and generic code finds each field under the name it knows.
+"""
+
+import dataclasses
+import difflib
+import importlib.metadata
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from packaging.version import Version
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+#: Names under which decoder layers hold their feed-forward network as one child module.
+FFN_ATTRIBUTES = ("mlp", "feed_forward", "ffn", "mlp_block")
+
+#: Values of `router_type`, and where the router's class is: the registry of routers.
+ROUTER_TYPES: dict[str, str] = {
+    "top_k": "st_moe.modeling.routers.TopKRouter",
+}
+
+SecondExpertPolicy = Literal["all", "none", "threshold", "random"]
+
+# A config without any size should build a model that fits a laptop, not the family's 7B default.
+_SMALL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+    }
+}
+
+# Unknown names that hold one of these words are taken for misspelt mixture fields, not for the user's own attributes.
+_MIXTURE_WORDS = ("expert", "router", "capacity", "sparse_layer", "moe_", "balance_loss")
+_KNOWN_EXTRA_NAMES = ("experts_implementation", "_experts_implementation_internal")
+
+
+def installed_version() -> str:
+    """Version of the installed package, written into every saved config."""
+    return importlib.metadata.version("st_moe")
+
+
+@strict
+class STMoEConfig(PreTrainedConfig):
+    """Configuration of a sparse mixture of experts made from a dense Transformers family.
+
+    Every field of the dense family is accepted beside the fields below (`hidden_size`, `rope_parameters`, ...).
+
+    Args:
+        dense_model_type: `model_type` of the dense family (`"llama"`, `"qwen3"`, `"gpt2"`, ...).
+        num_experts: E, experts per sparse layer.
+        num_experts_per_tok: K, experts that each token is routed to.
+        sparse_layers: which layers are sparse: None (all), a list of layer indices, `"every:k"` (the last of each
+            group of k: layers k-1, 2k-1, ...) or `"last:k"` (the last k layers).
+        moe_intermediate_size: I, width of one expert; None takes the width of the dense FFN.
+        router_type: name of the router, one of `ROUTER_TYPES`.
+        norm_topk_prob: whether the K combine weights are divided by their sum. An upcycled model computes the dense
+            function at step 0 only if they sum to 1.
+        second_expert_policy_train, second_expert_policy_eval: which choices after the first are used (ST-MoE):
+            `"all"`, `"none"`, `"threshold"` (weight > threshold) or `"random"` (with probability weight / threshold).
+        second_expert_threshold: the threshold of that policy, one value or one per rank from the second choice on.
+        router_jitter_noise: e >= 0; in training the router (not the experts) reads inputs times U[1-e, 1+e].
+        capacity_factor, eval_capacity_factor: an expert takes at most floor(tokens of the sequence * factor / E)
+            assignments, the rest is dropped; None drops nothing. Capacity with K >= 2 is not causal.
+        min_capacity: least capacity of an expert, in assignments per sequence.
+        balance_loss_coef: coefficient of the load-balancing loss (first-choice count: 1 balanced, E collapsed).
+        balance_loss_scope: tokens over which balance is asked for, `"batch"` or `"sequence"`.
+        router_z_loss_coef: coefficient of the router z-loss.
+        expert_dropout: dropout on the hidden activation of the experts.
+        multiplicative_bias: whether experts scale their hidden activation with a learnt vector (ST-MoE, appendix C).
+        ffn_before, ffn_after: an extra dense FFN with own norm and residual before / after each sparse FFN.
+        num_shared_experts: experts that every token passes, as one FFN of that many times the expert width.
+        output_router_logits: whether outputs carry the router logits of each sparse layer.
+        initializer_range: standard deviation of the router's (and a fresh expert's) initial weights.
+
+    Raises:
+        ValueError: with every fault of the mixture's fields, each with field, rule and value.
+    """
+
+    model_type = "st_moe"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "lm_loss",
+        "balance_loss",
+        "router_z_loss",
+        "aux_loss",
+        "aux_losses",
+        "router_logits",
+        "expert_load",
+        "router_entropy",
+        "dropped_fraction",
+    ]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_local_experts": "num_experts",
+        "router_aux_loss_coef": "balance_loss_coef",
+    }
+    dense_config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
+
+    dense_model_type: str = "llama"
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    sparse_layers: list[int] | tuple[int, ...] | str | None = None
+    moe_intermediate_size: int | None = None
+    router_type: str = "top_k"
+    norm_topk_prob: bool = True
+    second_expert_policy_train: SecondExpertPolicy = "all"
+    second_expert_policy_eval: SecondExpertPolicy = "all"
+    second_expert_threshold: float | int | list[float] | tuple[float, ...] = 0.2
+    router_jitter_noise: float | int = 0.0
+    capacity_factor: float | int | None = None
+    eval_capacity_factor: float | int | None = None
+    min_capacity: int = 4
+    balance_loss_coef: float | int = 1e-2
+    balance_loss_scope: Literal["batch", "sequence"] = "batch"
+    router_z_loss_coef: float | int = 1e-3
+    expert_dropout: float | int = 0.0
+    multiplicative_bias: bool = False
+    ffn_before: bool = False
+    ffn_after: bool = False
+    num_shared_experts: int = 0
+    output_router_logits: bool = False
+    initializer_range: float | int = 0.02
+    st_moe_version: str | None = None
+
+    def __new__(cls, **kwargs: Any) -> "STMoEConfig":
+        """Pick the family's class and report every fault of the mixture's fields at once."""
+        if cls is STMoEConfig:
+            cls = family_config(kwargs.get("dense_model_type", "llama"))
+        faults = cls._faults(kwargs)
+        if faults:
+            raise ValueError(f"{len(faults)} invalid field(s) in STMoEConfig:\n" + "\n".join(f"- {f}" for f in faults))
+        return super().__new__(cls)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        written_by = self.st_moe_version
+        if written_by is not None and Version(written_by) > Version(installed_version()):
+            unknown = sorted(name for name in kwargs if _nearest_field(name, type(self)) is not None)
+            logger.warning(
+                f"This config was written by st_moe {written_by}, newer than the installed {installed_version()}. "
+                f"Fields unknown here are kept as they are: {', '.join(unknown) or 'none'}."
+            )
+        else:
+            self.st_moe_version = installed_version()
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dense(cls, dense_config: PreTrainedConfig, **mixture_fields: Any) -> "STMoEConfig":
+        """Config of the mixture that `dense_config`'s model becomes.
+
+        Args:
+            dense_config: config of a dense Transformers model.
+            mixture_fields: fields of `STMoEConfig`.
+
+        Raises:
+            ValueError: when `dense_config` is no dense config, or a mixture field is at fault.
+        """
+        if isinstance(dense_config, STMoEConfig):
+            raise ValueError("dense_config: must be a dense model's config, got an STMoEConfig.")
+        fields = {k: v for k, v in dense_config.to_dict().items() if k not in ("model_type", "architectures")}
+        fields.pop("transformers_version", None)
+        return cls(**{**fields, "dense_model_type": dense_config.model_type, **mixture_fields})
+
+    def dense_config(self) -> PreTrainedConfig:
+        """Config of the dense parent: the family's fields alone."""
+        own = set(MIXTURE_FIELDS) - {f.name for f in dataclasses.fields(self.dense_config_class)}
+        fields = {k: v for k, v in self.to_dict().items() if k not in own | {"model_type", "architectures"}}
+        return self.dense_config_class(**fields)
+
+    @property
+    def sparse_layer_indices(self) -> list[int]:
+        """Indices of the sparse layers, ascending."""
+        return _sparse_layer_indices(self.sparse_layers, self.num_hidden_layers)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
+        """Tensor-parallel plan of the family's base model, with the sparse FFNs' rules in the dense FFNs' place."""
+        dense = self.dense_config_class.base_model_tp_plan
+        if dense is None:
+            return None
+        plan = dict(dense)
+        for prefix, rules in self._ffn_rules().items():
+            if len(self.sparse_layer_indices) == self.num_hidden_layers:
+                for rule in rules:
+                    del plan[rule]
+            plan |= {
+                f"{prefix}.experts.gate_up_proj": "packed_colwise",
+                f"{prefix}.experts.down_proj": "rowwise",
+                f"{prefix}.experts": "moe_tp_experts",
+            }
+            if self.num_shared_experts:
+                shared = f"{prefix}.shared_experts"
+                plan |= {f"{shared}.gate_proj": "colwise", f"{shared}.up_proj": "colwise"}
+                plan |= {f"{shared}.down_proj": "rowwise"}
+        return plan
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str] | None:  # type: ignore[override]
+        """Expert-parallel plan of the base model: whole experts per rank."""
+        plan: dict[str, str] = {}
+        for prefix in self._ffn_rules():
+            plan |= {
+                f"{prefix}.experts.gate_up_proj": "grouped_gemm",
+                f"{prefix}.experts.down_proj": "grouped_gemm",
+                f"{prefix}.experts": "ep_dispatch_experts",
+            }
+        return plan or None
+
+    def num_parameters(self, active: bool = False) -> int:
+        """Number of parameters of the model with its language-model head; nothing is allocated.
+
+        Args:
+            active: count only what one token uses: K of the E experts of each sparse layer.
+        """
+        # Counted on the host's Auto class over meta tensors, so any dense family is counted by its own code.
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        if not active:
+            return total
+        in_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+        return total - in_experts + in_experts * self.num_experts_per_tok // self.num_experts
+
+    def validate_mixture(self) -> None:
+        """Part of the host's strict validation, run at construction and at save time."""
+        faults = _rule_faults({name: getattr(self, name) for name in MIXTURE_FIELDS}, self.num_hidden_layers)
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The host's dictionary, stamped with the version that wrote it."""
+        output = super().to_dict()
+        for name in ("base_model_tp_plan", "base_model_ep_plan"):
+            output.pop(name, None)
+        return output
+
+    @classmethod
+    def _faults(cls, kwargs: Mapping[str, Any]) -> list[str]:
+        """Faults of the keyword arguments: misspelt names, wrong types, broken rules."""
+        faults = []
+        newer = kwargs.get("st_moe_version") and Version(kwargs["st_moe_version"]) > Version(installed_version())
+        for name in kwargs:
+            nearest = None if newer else _nearest_field(name, cls)
+            if nearest is not None:
+                faults.append(f"{name}: is not a field of STMoEConfig; did you mean {nearest!r}?")
+        values: dict[str, Any] = {}
+        aliases = {alias: name for alias, name in STMoEConfig.attribute_map.items() if alias in kwargs}
+        given = {**{name: kwargs[alias] for alias, name in aliases.items()}, **kwargs}
+        for name in MIXTURE_FIELDS:
+            value = given.get(name, getattr(cls, name, None))
+            try:
+                for validator in cls.__validators__[name]:  # type: ignore[attr-defined]
+                    validator(value)
+            except (TypeError, ValueError) as error:
+                reason = str(error).removeprefix(f"Field {name!r} ").removeprefix(f"Field '{name}' with value ")
+                faults.append(f"{name}: {reason}")
+                continue
+            values[name] = value
+        layers_name = cls.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        num_layers = kwargs.get("num_hidden_layers", kwargs.get(layers_name, getattr(cls, layers_name, None)))
+        return faults + _rule_faults(values, num_layers if isinstance(num_layers, int) else None)
+
+    def _ffn_rules(self) -> dict[str, list[str]]:
+        """Rules of the dense plan that shard FFNs, by the FFN's place (`layers.*.mlp`)."""
+        rules: dict[str, list[str]] = {}
+        for rule in self.dense_config_class.base_model_tp_plan or {}:
+            prefix, _, _ = rule.rpartition(".")
+            if prefix.rpartition(".")[2] in FFN_ATTRIBUTES:
+                rules.setdefault(prefix, []).append(rule)
+        return rules
+
+
+#: Names of the mixture's own fields, in the order of the class.
+MIXTURE_FIELDS: tuple[str, ...] = tuple(
+    field.name
+    for field in dataclasses.fields(STMoEConfig)
+    if field.name not in {base.name for base in dataclasses.fields(PreTrainedConfig)}
+)
+
+
+def _nearest_field(name: str, cls: type[STMoEConfig]) -> str | None:
+    """The mixture field that an unknown `name` is a misspelling of, or None."""
+    known = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map) | set(_KNOWN_EXTRA_NAMES)
+    if name in known or hasattr(PreTrainedConfig, name):
+        return None
+    candidates = [*MIXTURE_FIELDS, *STMoEConfig.attribute_map]
+    near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.8)
+    if not near and any(word in name for word in _MIXTURE_WORDS):
+        near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.0)
+    return near[0] if near else None
+
+
+def _sparse_layer_indices(sparse_layers: Sequence[int] | str | None, num_layers: int) -> list[int]:
+    """Indices that a valid `sparse_layers` stands for, among `num_layers` layers."""
+    if sparse_layers is None:
+        return list(range(num_layers))
+    if isinstance(sparse_layers, str):
+        kind, _, count = sparse_layers.partition(":")
+        step = int(count)
+        return list(range(step - 1, num_layers, step) if kind == "every" else range(num_layers - step, num_layers))
+    return sorted(sparse_layers)
+
+
+def _sparse_layers_fault(sparse_layers: Any, num_layers: int) -> str | None:
+    """What is wrong with `sparse_layers` for a model of `num_layers` layers, or None."""
+    rule = (
+        f"must be None, 'every:k', 'last:k' or distinct layer indices, for k and indices that fit {num_layers} layers"
+    )
+    if sparse_layers is None:
+        return None
+    if isinstance(sparse_layers, str):
+        kind, _, count = sparse_layers.partition(":")
+        valid = kind in ("every", "last") and count.isdecimal() and 1 <= int(count) <= num_layers
+    else:
+        distinct = set(sparse_layers)
+        valid = bool(distinct) and len(distinct) == len(sparse_layers) and distinct <= set(range(num_layers))
+    return None if valid else f"sparse_layers: {rule}, got {sparse_layers!r}"
+
+
+def _rule_faults(values: Mapping[str, Any], num_layers: int | None) -> list[str]:
+    """Broken rules among the well-typed `values` of the mixture's fields; a missing value breaks no rule."""
+    faults = []
+
+    def check(name: str, rule: str, holds: Callable[[Any], bool]) -> None:
+        if values.get(name) is not None and not holds(values[name]):
+            faults.append(f"{name}: {rule}, got {values[name]!r}")
+
+    check("num_experts", "must be at least 1", lambda v: v >= 1)
+    experts = values.get("num_experts", math.inf)
+    check("num_experts_per_tok", f"must be between 1 and num_experts={experts}", lambda v: 1 <= v <= max(experts, 1))
+    check("moe_intermediate_size", "must be positive or None", lambda v: v >= 1)
+    nearest = difflib.get_close_matches(str(values.get("router_type")), list(ROUTER_TYPES), n=1)
+    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    check("router_type", f"must be one of {', '.join(ROUTER_TYPES)}{hint}", lambda v: v in ROUTER_TYPES)
+    check("router_jitter_noise", "must be in [0, 1)", lambda v: 0 <= v < 1)
+    check("expert_dropout", "must be in [0, 1)", lambda v: 0 <= v < 1)
+    for name in ("capacity_factor", "eval_capacity_factor"):
+        check(name, "must be positive and finite, or None for dropless", lambda v: 0 < v < math.inf)
+    check("min_capacity", "must be at least 1", lambda v: v >= 1)
+    for name in ("balance_loss_coef", "router_z_loss_coef", "initializer_range"):
+        check(name, "must be finite and not negative", lambda v: 0 <= v < math.inf)
+    check("num_shared_experts", "must not be negative", lambda v: v >= 0)
+    ranks = max(values.get("num_experts_per_tok", 1) - 1, 1)
+    check(
+        "second_expert_threshold",
+        f"must be in [0, 1], one value or {ranks} (one per rank from the second choice on)",
+        lambda v: all(0 <= t <= 1 for t in v) and len(v) == ranks if isinstance(v, list | tuple) else 0 <= v <= 1,
+    )
+    fault = _sparse_layers_fault(values.get("sparse_layers"), num_layers) if num_layers else None
+    return faults + ([fault] if fault else [])
+
+
+_NEW_FAMILY_LISTENERS: list[Callable[[type[STMoEConfig]], None]] = []
+
+
+def on_new_family(listener: Callable[[type[STMoEConfig]], None]) -> None:
+    """Call `listener` with the config class of every family, those made so far and those to come."""
+    _NEW_FAMILY_LISTENERS.append(listener)
+    for cls in list(_FAMILIES.values()):
+        listener(cls)
+
+
+_FAMILIES: dict[str, type[STMoEConfig]] = {}
+
+
+@lru_cache
+def dense_model_types() -> tuple[str, ...]:
+    """`model_type`s of the families that a mixture can be made from: dense, with a causal language model."""
+    names = []
+    for config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
+        fields = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+        if not config_class.sub_configs and not {"num_experts", "num_experts_per_tok"} & fields:
+            names.append(config_class.model_type)
+    return tuple(sorted(set(names)))
+
+
+def _dense_config_class(dense_model_type: str) -> type[PreTrainedConfig]:
+    """Config class of a dense family; ValueError with the reason when there is none."""
+    if not isinstance(dense_model_type, str) or dense_model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(dense_model_type), dense_model_types(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"dense_model_type: must be a model_type of Transformers, got {dense_model_type!r}{hint}")
+    config_class = CONFIG_MAPPING[dense_model_type]
+    if config_class.sub_configs:
+        text = [name for name in dense_model_types() if name.startswith(f"{dense_model_type}_text")]
+        hint = f"; use its text model: {text[0]!r}" if text else ""
+        raise ValueError(f"dense_model_type: {dense_model_type!r} is a composite of several models{hint}")
+    fields = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    taken = sorted(fields & (set(MIXTURE_FIELDS) | set(STMoEConfig.attribute_map)) - {"initializer_range"})
+    if taken:
+        raise ValueError(
+            f"dense_model_type: must be a dense family, got {dense_model_type!r}, whose config already has "
+            f"{', '.join(taken)}"
+        )
+    return config_class
+
+
+def family_config(dense_model_type: str) -> type[STMoEConfig]:
+    """Config class of one dense family: the mixture's fields on the family's config; made once, then kept.
+
+    Raises:
+        ValueError: when Transformers has no such dense family.
+    """
+    if dense_model_type in _FAMILIES:
+        return _FAMILIES[dense_model_type]
+    dense = _dense_config_class(dense_model_type)
+    defaults: dict[str, Any] = {"dense_model_type": dense_model_type, **_SMALL_DEFAULTS.get(dense_model_type, {})}
+    defaults.setdefault("initializer_range", getattr(dense, "initializer_range", 0.02))
+    annotations = {name: _annotation(name, dense) for name in defaults}
+    namespace = {
+        "__module__": __name__,
+        "__qualname__": f"{dense_model_type}.STMoEConfig",
+        "__annotations__": annotations,
+        "__doc__": STMoEConfig.__doc__,
+        "model_type": STMoEConfig.model_type,
+        "attribute_map": {**dense.attribute_map, **STMoEConfig.attribute_map},
+        "keys_to_ignore_at_inference": sorted(
+            {*getattr(dense, "keys_to_ignore_at_inference", ()), *STMoEConfig.keys_to_ignore_at_inference}
+        ),
+        "dense_config_class": dense,
+        **defaults,
+    }
+    cls = strict(type("STMoEConfig", (STMoEConfig, dense), namespace))
+    _FAMILIES[dense_model_type] = cls
+    for listener in _NEW_FAMILY_LISTENERS:
+        listener(cls)
+    return cls
+
+
+def _annotation(name: str, dense: type[PreTrainedConfig]) -> Any:
+    """Type of a field as the class that declares it states it."""
+    own = STMoEConfig.__dataclass_fields__
+    return (own if name in own else dense.__dataclass_fields__)[name].type
+
+
+class _Namespace:
+    """Attribute access for pickle: `<module>.<dense_model_type>.STMoEConfig`."""
+
+    def __init__(self, cls: type[STMoEConfig]) -> None:
+        self.STMoEConfig = cls
+
+
+def __getattr__(name: str) -> _Namespace:
+    """Resolve `<dense_model_type>` so that instances of derived classes pickle; the family is made on demand."""
+    if name.startswith("_") or name not in CONFIG_MAPPING:
+        raise AttributeError(f"module {sys.modules[__name__].__name__!r} has no attribute {name!r}")
+    return _Namespace(family_config(name))

@@ -1,0 +1,26 @@
+"""Modeling room: routers, experts, the sparse block, losses, and the model classes of every dense family."""
+
+from st_moe.modeling.families import Family, family_of
+from st_moe.modeling.ffn import LAYOUTS, FFNLayout, FFNLocation, locate_ffns
+from st_moe.modeling.modeling_st_moe import STMoEForCausalLM, STMoEForSequenceClassification, STMoEModel
+from st_moe.modeling.outputs import STMoECausalLMOutput, STMoEModelOutput, STMoESequenceClassifierOutput
+from st_moe.modeling.routers import TopKRouter, router_class
+from st_moe.modeling.routing import Routing
+
+__all__ = [
+    "LAYOUTS",
+    "FFNLayout",
+    "FFNLocation",
+    "Family",
+    "Routing",
+    "STMoECausalLMOutput",
+    "STMoEForCausalLM",
+    "STMoEForSequenceClassification",
+    "STMoEModel",
+    "STMoEModelOutput",
+    "STMoESequenceClassifierOutput",
+    "TopKRouter",
+    "family_of",
+    "locate_ffns",
+    "router_class",
+]

@@ -1,0 +1,131 @@
+"""The family factory: for each dense family, one set of model classes, made once and on demand.
+
+A family's class has two parents: the public class (`STMoEForCausalLM`) and the dense family's own (`Qwen3ForCausalLM`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from functools import lru_cache, wraps
+from typing import Any
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from st_moe.configuration import STMoEConfig, family_config, on_new_family
+from st_moe.modeling.modeling_st_moe import (
+    STMoEForCausalLM,
+    STMoEForSequenceClassification,
+    STMoEModel,
+    STMoEPreTrainedModel,
+)
+from st_moe.modeling.outputs import STMoEModelOutput
+
+#: Public class, the host's map from dense config to dense class, and the Auto class that finds the family's class.
+_KINDS: tuple[tuple[type[STMoEPreTrainedModel], Any, Any], ...] = (
+    (STMoEModel, MODEL_MAPPING, AutoModel),
+    (STMoEForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+    (STMoEForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification),
+)
+
+
+class Family:
+    """The derived classes of one dense family, as attributes under their public names.
+
+    Args:
+        config_class: the family's config class.
+    """
+
+    def __init__(self, config_class: type[STMoEConfig]) -> None:
+        self.STMoEConfig = config_class
+        self.dense_model_type = config_class.dense_model_type
+        for public, mapping, auto_class in _KINDS:
+            dense = mapping.get(config_class.dense_config_class, None)
+            if dense is None:
+                continue
+            dense = dense[0] if isinstance(dense, tuple) else dense
+            model_class = _derive(public, dense, config_class)
+            setattr(self, public.__name__, model_class)
+            auto_class.register(config_class, model_class)
+
+    def model_class(self, name: str) -> type[STMoEPreTrainedModel]:
+        """The family's class under a public name.
+
+        Raises:
+            ValueError: when the dense family has no class of that kind.
+        """
+        found = getattr(self, name, None)
+        if found is None:
+            raise ValueError(f"dense_model_type: {self.dense_model_type!r} has no dense class for {name}")
+        return found
+
+
+def _derive(
+    public: type[STMoEPreTrainedModel], dense: type[PreTrainedModel], config_class: type[STMoEConfig]
+) -> type[STMoEPreTrainedModel]:
+    """A family's class: the public class's behaviour on the dense class."""
+    signature = inspect.signature(dense.forward)
+    names = tuple(name for name, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+    @wraps(dense.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return public.forward(self, *args, **kwargs)
+
+    output = getattr(public, "output_class", STMoEModelOutput)
+    forward.__signature__ = _with_router_logits(signature, output)  # type: ignore[attr-defined]
+    forward.__annotations__ = {**dense.forward.__annotations__, "return": output, "output_router_logits": bool | None}
+    namespace = {
+        "__module__": __name__,
+        "__qualname__": f"{config_class.dense_model_type}.{public.__name__}",
+        "__doc__": public.__doc__,
+        "config_class": config_class,
+        "dense_class": dense,
+        "forward": forward,
+        "positional_names": names[1:],
+        # Guessed by the host from the source of the class's module: ask the dense class about its own.
+        "_can_set_attn_implementation_cached_value": dense._can_set_attn_implementation(),
+    }
+    return type(public.__name__, (public, dense), namespace)
+
+
+def _with_router_logits(signature: inspect.Signature, output: type) -> inspect.Signature:
+    """The dense signature with `output_router_logits` added, as tools that read signatures should see it."""
+    parameters = list(signature.parameters.values())
+    extra = inspect.Parameter("output_router_logits", inspect.Parameter.KEYWORD_ONLY, default=None)
+    at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    return inspect.Signature([*parameters[:at], extra, *parameters[at:]], return_annotation=output)
+
+
+@lru_cache
+def _family_for(config_class: type[STMoEConfig]) -> Family:
+    return Family(config_class)
+
+
+def family_of(dense_model_type: str) -> Family:
+    """The derived classes of a dense family.
+
+    Raises:
+        ValueError: when Transformers has no such dense family.
+    """
+    return _family_for(family_config(dense_model_type))
+
+
+for _public, _, _auto_class in _KINDS:
+    _auto_class.register(STMoEConfig, _public)
+on_new_family(_family_for)
+
+
+def __getattr__(name: str) -> Family:
+    """Resolve `<dense_model_type>` so that classes made here pickle; the family is made on demand."""
+    try:
+        return family_of(name)
+    except ValueError:
+        raise AttributeError(f"module {sys.modules[__name__].__name__!r} has no attribute {name!r}") from None

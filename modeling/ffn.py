@@ -1,0 +1,270 @@
+"""Where a dense model keeps its feed-forward networks, and what they look like: rules and a table, no family names.
+
+To add a layout: one row in `LAYOUTS`, one test. Shape letters: H hidden size, I FFN width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+
+from st_moe.configuration import FFN_ATTRIBUTES
+
+
+@dataclass(frozen=True)
+class FFNLayout:
+    """Names of an FFN's parts; one row of `LAYOUTS`.
+
+    Attributes:
+        projections_in: names of the linear layers H -> I: (gate, up), (gate and up fused,) or (up,).
+        projection_out: name of the linear layer I -> H.
+        gated: whether the activation of the gate multiplies up.
+    """
+
+    projections_in: tuple[str, ...]
+    projection_out: str
+    gated: bool
+
+
+LAYOUTS: tuple[FFNLayout, ...] = (
+    FFNLayout(("gate_proj", "up_proj"), "down_proj", gated=True),
+    FFNLayout(("gate_up_proj",), "down_proj", gated=True),
+    FFNLayout(("w1", "w3"), "w2", gated=True),
+    FFNLayout(("Wi",), "Wo", gated=True),
+    FFNLayout(("proj_up_gate", "proj_up"), "proj_down", gated=True),
+    FFNLayout(("up_proj",), "down_proj", gated=False),
+    FFNLayout(("fc1",), "fc2", gated=False),
+    FFNLayout(("fc_in",), "fc_out", gated=False),
+    FFNLayout(("c_fc",), "c_proj", gated=False),
+    FFNLayout(("dense_h_to_4h",), "dense_4h_to_h", gated=False),
+    FFNLayout(("intermediate.dense",), "output.dense", gated=False),
+)
+
+#: Names under which FFNs keep their activation, and the dropout of their output.
+ACTIVATION_ATTRIBUTES = ("act_fn", "activation_fn", "act", "gelu_impl", "intermediate.intermediate_act_fn")
+ACTIVATION_FIELDS = ("hidden_activation", "hidden_act", "activation_function", "activation", "ffn_activation")
+OUTPUT_DROPOUT_ATTRIBUTES = ("dropout", "hidden_dropout", "residual_dropout")
+
+# Numbers in an FFN that are no arithmetic of its own. Any other number may be a multiplier, which 3-D tensors cannot hold.
+_INERT_NUMBERS = ("pretraining_tp", "layer_idx", *OUTPUT_DROPOUT_ATTRIBUTES)
+
+
+@dataclass(frozen=True)
+class FFNLocation:
+    """The feed-forward network of one decoder layer.
+
+    Attributes:
+        layer: index of the layer.
+        path: dotted name of the FFN's module in the model; of the decoder layer, if the FFN lies loose in it.
+        rule: `"module"` (a child module), `"loose"` (fc1, activation_fn, fc2 directly in the layer) or `"split"`
+            (intermediate and output modules, as in BERT).
+        module: the module at `path`; None if nothing was found.
+        layout: the row of `LAYOUTS` that names its parts; None for experts held as modules.
+        gated, bias, conv1d: whether it is gated, has biases, stores its weights transposed (Conv1D).
+        hidden_size, intermediate_size: H and I; 0 without a layout.
+        activation: the activation module; None without a layout.
+        output_dropout: probability of the dropout on the FFN's output.
+        adds_residual: whether the FFN is handed the residual and adds it.
+        storage: `"tensors"`, `"modules"`, or `"none"` when the layer cannot be made sparse.
+        reason: why the storage is not `"tensors"`; empty if it is.
+    """
+
+    layer: int
+    path: str
+    rule: str
+    module: nn.Module | None = field(repr=False)
+    layout: FFNLayout | None = None
+    gated: bool = False
+    bias: bool = False
+    conv1d: bool = False
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    activation: nn.Module | None = None
+    output_dropout: float = 0.0
+    adds_residual: bool = False
+    storage: str = "none"
+    reason: str = ""
+
+    def describe(self) -> str:
+        """One line for people."""
+        if self.storage == "none":
+            return f"layer {self.layer}: cannot be made sparse: {self.reason}"
+        if self.layout is None:
+            return f"layer {self.layer}: {self.path} ({type(self.module).__name__}), experts as modules: {self.reason}"
+        kind = "gated" if self.gated else "ungated"
+        fused = ", fused" if self.gated and len(self.layout.projections_in) == 1 else ""
+        parts = f"{kind}{fused}{', Conv1D' if self.conv1d else ''}{', bias' if self.bias else ''}"
+        activation = type(self.activation).__name__
+        size = f"{self.hidden_size} -> {self.intermediate_size}"
+        return f"layer {self.layer}: {self.path} ({parts}, {activation}, {size})"
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """Dotted name and list of the decoder layers: the first list of num_hidden_layers modules that hold FFNs."""
+    num_layers = model.config.num_hidden_layers
+    fallback = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            if any(_find_in_layer(layer) is not None for layer in module):
+                return name, module
+            fallback = fallback or (name, module)
+    return fallback
+
+
+def locate_ffns(model: PreTrainedModel) -> list[FFNLocation]:
+    """Find the feed-forward network of each decoder layer.
+
+    Args:
+        model: a dense Transformers model, with weights or on the meta device.
+
+    Returns:
+        One location per layer, in order; `storage == "none"` with the reason where a layer cannot be made sparse.
+
+    Raises:
+        ValueError: when no list of decoder layers is found.
+    """
+    found = decoder_layers(model)
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__}: no list of num_hidden_layers={model.config.num_hidden_layers} layers found, so "
+            "there is no feed-forward network to make sparse"
+        )
+    prefix, layers = found
+    return [_locate(model, index, f"{prefix}.{index}", layer) for index, layer in enumerate(layers)]
+
+
+def _find_in_layer(layer: nn.Module) -> tuple[str, str] | None:
+    """Rule and attribute of the FFN in a decoder layer: the three location rules, in order."""
+    for name in FFN_ATTRIBUTES:
+        if isinstance(getattr(layer, name, None), nn.Module):
+            return "module", name
+    if all(isinstance(getattr(layer, name, None), nn.Module) for name in ("fc1", "fc2")):
+        return "loose", ""
+    intermediate, output = (getattr(layer, name, None) for name in ("intermediate", "output"))
+    if hasattr(intermediate, "dense") and hasattr(output, "dense"):
+        return "split", ""
+    return None
+
+
+def _locate(model: nn.Module, index: int, path: str, layer: nn.Module) -> FFNLocation:
+    found = _find_in_layer(layer)
+    if found is None:
+        names = ", ".join(name for name, _ in layer.named_children())
+        return FFNLocation(index, path, "", None, reason=f"no feed-forward network among its parts ({names})")
+    rule, attribute = found
+    module = getattr(layer, attribute) if attribute else layer
+    path = f"{path}.{attribute}" if attribute else path
+    for layout in LAYOUTS:
+        linears = [_get(module, name) for name in (*layout.projections_in, layout.projection_out)]
+        if all(_is_linear(linear) for linear in linears):
+            return _describe(model, index, path, rule, module, layout)
+    reason = f"its parts ({', '.join(name for name, _ in module.named_children())}) match no row of LAYOUTS"
+    return _as_modules(index, path, rule, module, reason)
+
+
+def _describe(model: nn.Module, index: int, path: str, rule: str, module: nn.Module, layout: FFNLayout) -> FFNLocation:
+    """Fill in a location whose layout is known; whatever 3-D tensors cannot hold is kept as modules."""
+    linears = [_get(module, name) for name in (*layout.projections_in, layout.projection_out)]
+    biases = {linear.bias is not None for linear in linears}
+    activation = next((a for name in ACTIVATION_ATTRIBUTES if (a := _get(module, name)) is not None), None)
+    if activation is None:
+        name = next(
+            (n for field in ACTIVATION_FIELDS if isinstance(n := getattr(model.config, field, None), str)), "silu"
+        )
+        activation = name
+    if isinstance(activation, str):
+        activation = ACT2FN[activation]
+    conv1d = isinstance(linears[-1], Conv1D)
+    out_features, in_features = linears[-1].weight.shape[::-1] if conv1d else linears[-1].weight.shape
+    fused = layout.gated and len(layout.projections_in) == 1
+    first = linears[0].weight.shape[1 if conv1d else 0]
+    reason = ""
+    if first != in_features * (2 if fused else 1):
+        reason = f"projections of widths {first} and {in_features}"
+    elif len(biases) > 1:
+        reason = "only some of its projections have a bias"
+    elif rule == "module":
+        reason = _odd_parts(module, layout)
+    if not reason and (not isinstance(activation, nn.Module) or any(True for _ in activation.parameters())):
+        reason = f"the activation {type(activation).__name__} is not an elementwise module without parameters"
+    if reason:
+        return _as_modules(index, path, rule, module, reason)
+    return FFNLocation(
+        layer=index,
+        path=path,
+        rule=rule,
+        module=module,
+        layout=layout,
+        gated=layout.gated,
+        bias=biases == {True},
+        conv1d=conv1d,
+        hidden_size=out_features,
+        intermediate_size=in_features,
+        activation=activation,
+        output_dropout=_output_dropout(module) if rule == "module" else 0.0,
+        adds_residual=_takes_residual(module),
+        storage="tensors",
+    )
+
+
+def _as_modules(index: int, path: str, rule: str, module: nn.Module, reason: str) -> FFNLocation:
+    """A location whose experts are whole modules, if the FFN is one; a refusal otherwise."""
+    storage = "modules" if rule == "module" and not _takes_residual(module) else "none"
+    return FFNLocation(index, path, rule, module, storage=storage, reason=reason)
+
+
+def _get(module: nn.Module, dotted: str) -> Any:
+    """Attribute of nested modules, or None."""
+    current: Any = module
+    for name in dotted.split("."):
+        current = getattr(current, name, None)
+    return current
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, nn.Linear | Conv1D) and module.weight.is_floating_point()
+
+
+def _odd_parts(module: nn.Module, layout: FFNLayout) -> str:
+    """What an FFN holds beside projections, activation and dropout, or "" if nothing."""
+    expected = {name.split(".")[0] for name in (*layout.projections_in, layout.projection_out, *ACTIVATION_ATTRIBUTES)}
+    children = [name for name, child in module.named_children() if not isinstance(child, nn.Dropout | nn.Identity)]
+    odd = [name for name in children if name not in expected]
+    odd += [name for name, _ in module.named_parameters(recurse=False)]
+    odd += [
+        name
+        for name, value in vars(module).items()
+        if type(value) in (int, float)
+        and value not in (0, 1)
+        and name not in _INERT_NUMBERS
+        and not name.endswith(("_size", "_dim"))
+    ]
+    return f"parts beyond two projections and an activation: {', '.join(odd)}" if odd else ""
+
+
+def _output_dropout(module: nn.Module) -> float:
+    """Probability of the dropout that the FFN applies to its output."""
+    for name in OUTPUT_DROPOUT_ATTRIBUTES:
+        value = getattr(module, name, None)
+        if isinstance(value, nn.Dropout):
+            return value.p
+        if isinstance(value, float):
+            return value
+    return 0.0
+
+
+def _takes_residual(module: nn.Module) -> bool:
+    """Whether the FFN's forward asks for the residual as its second argument (Bloom, MPT)."""
+    names = list(_positional_arguments(module))
+    return len(names) > 1 and names[1] in ("residual", "resid")
+
+
+def _positional_arguments(module: nn.Module) -> Iterator[str]:
+    code = type(module).forward.__code__
+    return iter(code.co_varnames[1 : code.co_argcount])

@@ -1,0 +1,314 @@
+"""The public model classes: what every family's classes share.
+
+A family's class, made by `st_moe.modeling.families`, derives from one of these and from the dense family's class of the
+same kind. The dense class does everything a dense model does; these swap its FFNs and add the routers' losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
+
+from st_moe.configuration import STMoEConfig
+from st_moe.modeling import losses
+from st_moe.modeling.experts import EXPERTS_IMPLEMENTATION, ModuleExperts, STMoEExperts
+from st_moe.modeling.ffn import FFNLocation, locate_ffns
+from st_moe.modeling.outputs import STMoECausalLMOutput, STMoESequenceClassifierOutput
+from st_moe.modeling.routers import TopKRouter
+from st_moe.modeling.routing import Routing
+from st_moe.modeling.scope import RoutingScope, activate, active_scope, checkpoint_in_scope, token_mask_of
+from st_moe.modeling.sparse_block import DenseFFN, SparseBlock
+
+logger = logging.get_logger(__name__)
+
+_OWN_INITIALISATION = (TopKRouter, STMoEExperts, DenseFFN)
+
+
+class STMoEPreTrainedModel(PreTrainedModel):
+    """What base models and heads have in common: construction, initialisation, checkpointing, loading."""
+
+    config_class = STMoEConfig
+    #: The dense family's class that a family's class derives from; None on the public classes.
+    dense_class: ClassVar[type[PreTrainedModel] | None] = None
+
+    _can_set_experts_implementation_cached_value = True
+
+    def __new__(cls, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> STMoEPreTrainedModel:
+        """An instance of the family's class for `config`."""
+        return super().__new__(cls._class_for(config))
+
+    def __init__(self, config: STMoEConfig) -> None:
+        device = torch.get_default_device()
+        wanted = config._experts_implementation
+        # The dense skeleton is built without memory; the parts that it would throw away never exist anywhere else.
+        # It must not see the experts implementation, which a dense class refuses.
+        with torch.device("meta"):
+            with _experts_implementation(config, "eager"):
+                super().__init__(config)
+            config._experts_implementation_internal = self._check_and_adjust_experts_implementation(wanted)
+            self._make_sparse(config)
+        if device.type == "meta":
+            return
+        self.to_empty(device=device)
+        for module in self.modules():
+            module._is_hf_initialized = False
+        self.init_weights()
+
+    def _make_sparse(self, config: STMoEConfig) -> None:
+        """Put the sparse parts in place and refresh what the host collects from submodules."""
+        raise NotImplementedError(f"{type(self).__name__} is a public class; its families' classes are built instead")
+
+    @classmethod
+    def _class_for(cls, config: PreTrainedConfig | None) -> type[STMoEPreTrainedModel]:
+        """The family's class of this kind for a config."""
+        if cls.dense_class is not None:
+            return cls
+        if not isinstance(config, STMoEConfig):
+            raise ValueError(
+                f"config: {cls.__name__} needs an STMoEConfig, got {type(config).__name__}; use "
+                "STMoEConfig.from_dense(config, ...) for a fresh mixture or st_moe.upcycle(model, ...) to keep weights"
+            )
+        from st_moe.modeling.families import family_of
+
+        return family_of(config.dense_model_type).model_class(cls.__name__)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> STMoEPreTrainedModel:
+        """Load a saved mixture; arguments as in Transformers. Weights are read from safetensors only.
+
+        Raises:
+            ValueError: when the checkpoint is not a mixture's.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        if cls.dense_class is None:
+            cls = cls._class_for(_saved_config(pretrained_model_name_or_path, kwargs))
+            return cls.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The host's choice of experts implementation, with this project's as the default."""
+        return super().get_correct_experts_implementation(requested_experts or EXPERTS_IMPLEMENTATION)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Initialise as the dense family does, then routers, experts and extra FFNs by their own rules."""
+        fresh = [m for m in self.modules() if isinstance(m, _OWN_INITIALISATION)]
+        fresh = [module for module in fresh if not getattr(module, "_is_hf_initialized", False)]
+        super().initialize_weights()
+        for module in fresh:
+            module.reset_parameters()
+
+    def init_parallel_plans(self) -> None:
+        """The host's plans, less the tensor-parallel rules of experts that they would shard wrongly."""
+        super().init_parallel_plans()
+        experts = [module for module in self.modules() if isinstance(module, STMoEExperts | ModuleExperts)]
+        plain = all(isinstance(e, STMoEExperts) and e.in_name == "gate_up_proj" for e in experts)
+        if plain and not any(e.has_bias or e.multiplicative_bias is not None for e in experts):
+            return
+        # Biases would be added once per rank, and ungated projections need another split: keep whole experts per rank.
+        self._tp_plan = {rule: style for rule, style in self._tp_plan.items() if ".experts" not in rule}
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+        """Checkpoint layers so that their recomputation sees the forward pass's token mask and records nothing."""
+        function = kwargs.get("gradient_checkpointing_func")
+        if enable and function is not None:
+            if getattr(function, "keywords", {}).get("use_reentrant"):
+                raise ValueError(
+                    "gradient_checkpointing_kwargs: use_reentrant must be False, got True; reentrant checkpointing "
+                    "cuts the router logits off from their gradient, which silently turns the auxiliary losses off"
+                )
+            kwargs["gradient_checkpointing_func"] = checkpoint_in_scope(function)
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)
+
+
+def _saved_config(source: Any, kwargs: dict[str, Any]) -> STMoEConfig:
+    """Config of a saved mixture, or the one that the caller gives instead."""
+    given = kwargs.get("config")
+    if isinstance(given, PreTrainedConfig):
+        return given  # type: ignore[return-value]
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    found, _ = STMoEConfig.get_config_dict(given or source, **hub)
+    if found.get("model_type") != STMoEConfig.model_type:
+        raise ValueError(
+            f"{source}: model_type must be 'st_moe', got {found.get('model_type')!r}; turn a dense checkpoint into a "
+            "mixture with st_moe.upcycle"
+        )
+    return STMoEConfig.from_dict(found)
+
+
+@contextmanager
+def _experts_implementation(config: STMoEConfig, name: str) -> Iterator[None]:
+    """Let `config` name another experts implementation for a while."""
+    before = config._experts_implementation
+    config._experts_implementation_internal = name
+    try:
+        yield
+    finally:
+        config._experts_implementation_internal = before
+
+
+class STMoEModel(STMoEPreTrainedModel):
+    """Sparse mixture of experts without a head: the dense family's base model with sparse FFNs.
+
+    `STMoEModel(config)` returns an instance of the family's class, which is also an instance of the dense base class.
+
+    Args:
+        config: the mixture's config.
+    """
+
+    positional_names: ClassVar[tuple[str, ...]] = ()
+
+    def _make_sparse(self, config: STMoEConfig) -> None:
+        locations = locate_ffns(self)
+        for index in config.sparse_layer_indices:
+            if locations[index].storage == "none":
+                raise ValueError(f"sparse_layers: {locations[index].describe()}")
+            install_sparse_block(self, locations[index], SparseBlock(config, locations[index]))
+        self.post_init()
+
+    @property
+    def sparse_blocks(self) -> list[SparseBlock]:
+        """The sparse blocks, in the order of the layers."""
+        return [module for module in self.modules() if isinstance(module, SparseBlock)]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The dense family's forward pass over sparse layers; arguments and output are the family's.
+
+        Args:
+            output_router_logits: also return `router_logits`, float32 [B * S, E] per sparse layer.
+        """
+        kwargs |= dict(zip(self.positional_names, args, strict=False))
+        want_logits = kwargs.pop("output_router_logits", None)
+        want_logits = self.config.output_router_logits if want_logits is None else want_logits
+        return_dict = kwargs.pop("return_dict", None)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outer = active_scope()
+        scope = RoutingScope() if outer is None or outer.token_mask is not None else outer
+        inputs = kwargs.get("input_ids")
+        inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+        scope.token_mask = token_mask_of(kwargs.get("attention_mask"), *inputs.shape[:2], device=inputs.device)
+        with activate(scope):
+            output = super().forward(**kwargs, return_dict=True)
+        if want_logits:
+            output["router_logits"] = tuple(routing.logits for routing in scope.records)
+        return output if return_dict else output.to_tuple()
+
+
+def install_sparse_block(model: nn.Module, ffn: FFNLocation, block: SparseBlock) -> None:
+    """Put a sparse block in the place of a located FFN."""
+    if ffn.rule == "module":
+        parent, _, name = ffn.path.rpartition(".")
+        setattr(model.get_submodule(parent), name, block)
+        return
+    layer = model.get_submodule(ffn.path)
+    if ffn.rule == "loose":
+        layer.fc1, layer.activation_fn, layer.fc2 = block, nn.Identity(), nn.Identity()
+    else:
+        layer.intermediate, layer.output.dense = block, nn.Identity()
+
+
+class _Head(STMoEPreTrainedModel):
+    """A dense family's head on the sparse base model, with the routers' losses in its output."""
+
+    output_class: ClassVar[type[ModelOutput]]
+    positional_names: ClassVar[tuple[str, ...]] = ()
+
+    def _make_sparse(self, config: STMoEConfig) -> None:
+        from st_moe.modeling.families import family_of
+
+        setattr(self, self.base_model_prefix, family_of(config.dense_model_type).model_class("STMoEModel")(config))
+        self.post_init()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The dense family's forward pass and loss, plus the routers' losses; arguments are the family's.
+
+        Args:
+            output_router_logits: also return `router_logits`, float32 [B * S, E] per sparse layer.
+        """
+        kwargs |= dict(zip(self.positional_names, args, strict=False))
+        want_logits = kwargs.pop("output_router_logits", None)
+        want_logits = self.config.output_router_logits if want_logits is None else want_logits
+        return_dict = kwargs.pop("return_dict", None)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        with activate(RoutingScope()) as scope:
+            dense = super().forward(**kwargs, return_dict=True)
+        output = self.output_class(**{name: dense.get(name) for name in ("loss", "logits")})
+        for name, value in dense.items():
+            output[name] = value
+        output.lm_loss = output.loss
+        if want_logits:
+            output.router_logits = tuple(routing.logits for routing in scope.records)
+        if self.training or kwargs.get("labels") is not None or want_logits:
+            self._add_losses(output, scope.records, self._loss_share(kwargs))
+        return output if return_dict else output.to_tuple()
+
+    def _add_losses(self, output: Any, records: list[Routing], share: Tensor | float) -> None:
+        """Write the routers' losses and statistics into `output`, and in training add them to its loss."""
+        sequence = self.config.balance_loss_scope == "sequence"
+        per_layer: dict[str, list[Tensor]] = {"balance_loss": [], "router_z_loss": []}
+        for routing in records:
+            mask = routing.token_mask
+            groups = mask if sequence else mask.reshape(1, -1)
+            per_layer["balance_loss"].append(losses.balance_loss(routing.logits, routing.index[:, 0], groups))
+            per_layer["router_z_loss"].append(losses.router_z_loss(routing.logits, mask))
+        device = records[0].logits.device
+        aux_losses = {name: torch.stack([v.to(device) for v in values]).mean() for name, values in per_layer.items()}
+        coefficients = {name: getattr(self.config, f"{name}_coef") for name in aux_losses}
+        output.aux_losses = aux_losses
+        output.balance_loss, output.router_z_loss = aux_losses.values()
+        output.aux_loss = sum((coefficients[name] * loss for name, loss in aux_losses.items()), start=0.0)
+        for name in ("expert_load", "router_entropy", "dropped_fraction"):
+            statistic = [getattr(losses, name)(routing).detach().to(device) for routing in records]
+            output[name] = torch.stack(statistic)
+        if self.training and output.loss is not None and any(coefficients.values()):
+            output.loss = output.loss + (output.aux_loss * share).to(output.loss.device, output.loss.dtype)
+
+    def _loss_share(self, kwargs: dict[str, Any]) -> Tensor | float:
+        """Weight of this batch's auxiliary losses in the loss of the optimizer step."""
+        return 1.0
+
+
+class STMoEForCausalLM(_Head):
+    """Sparse mixture of experts with the dense family's language-model head.
+
+    `STMoEForCausalLM(config)` returns an instance of the family's class, which is also an instance of the dense class.
+
+    Args:
+        config: the mixture's config.
+    """
+
+    output_class = STMoECausalLMOutput
+
+    def _loss_share(self, kwargs: dict[str, Any]) -> Tensor | float:
+        # The language-model loss is divided by the label tokens of the whole step (all accumulated batches, all ranks);
+        # scaling the auxiliary part by this batch's share of them keeps its coefficient what the config says.
+        total = kwargs.get("num_items_in_batch")
+        labels = kwargs.get("shift_labels")
+        if labels is None and kwargs.get("labels") is not None:
+            labels = kwargs["labels"][..., 1:]
+        if total is None or labels is None:
+            return 1.0
+        share = (labels != -100).sum() / total
+        return share.to(labels.device) if isinstance(share, Tensor) else share
+
+
+class STMoEForSequenceClassification(_Head):
+    """Sparse mixture of experts with the dense family's sequence-classification head.
+
+    `STMoEForSequenceClassification(config)` returns an instance of the family's class.
+
+    Args:
+        config: the mixture's config.
+    """
+
+    output_class = STMoESequenceClassifierOutput
+    # The classification loss is a mean over the batch's sequences and knows no step total: the Trainer has to average.
+    accepts_loss_kwargs = False

@@ -1,0 +1,100 @@
+"""What one forward pass shares between the model and its sparse layers: the token mask in, the routings out.
+
+Decoder layers call their FFN with one tensor and take one tensor back, in every dense family. The mask of real tokens
+and the routing records therefore travel beside the call, in a scope that lives for one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.utils.output_capturing import CompileableContextVar
+
+from st_moe.modeling.routing import Routing
+
+
+class RoutingScope:
+    """Token mask and routing records of one forward pass.
+
+    Attributes:
+        token_mask: bool [B, S], True at real tokens; None until the base model has seen its inputs.
+        records: one routing per sparse layer, in the order of the layers.
+        recording: False while activation checkpointing recomputes a layer, so that nothing is recorded twice.
+    """
+
+    def __init__(self, token_mask: torch.Tensor | None = None, recording: bool = True) -> None:
+        self.token_mask = token_mask
+        self.records: list[Routing] = []
+        self.recording = recording
+
+    def record(self, routing: Routing) -> None:
+        """Keep one sparse layer's routing."""
+        if self.recording:
+            self.records.append(routing)
+
+
+_active = CompileableContextVar("st_moe_routing_scope")
+
+
+def active_scope() -> RoutingScope | None:
+    """The scope of the forward pass under way, or None outside of one."""
+    return _active.get()
+
+
+@contextmanager
+def activate(scope: RoutingScope) -> Iterator[RoutingScope]:
+    """Make `scope` the active one; the one before it comes back afterwards."""
+    outer = _active.get()
+    _active.set(scope)
+    try:
+        yield scope
+    finally:
+        _active.set(outer)
+
+
+def checkpoint_in_scope(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an activation-checkpointing function so that the recomputation sees the mask of its own forward pass."""
+
+    def scoped_checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        scope = active_scope()
+        if scope is None:
+            return checkpoint(function, *args, **kwargs)
+        forward_done = False
+
+        def run(*inputs: Any, **named: Any) -> Any:
+            nonlocal forward_done
+            if not forward_done:
+                forward_done = True
+                return function(*inputs, **named)
+            with activate(RoutingScope(scope.token_mask, recording=False)):
+                return function(*inputs, **named)
+
+        return checkpoint(run, *args, **kwargs)
+
+    return scoped_checkpoint
+
+
+def token_mask_of(attention_mask: Any, batch_size: int, length: int, device: torch.device) -> torch.Tensor:
+    """Mask of the real tokens among the `length` tokens that enter a forward pass.
+
+    Args:
+        attention_mask: None (all real), [B, past + S] (nonzero at real tokens), or [B, 1, S, past + S] boolean or
+            additive, where a token is real if it may attend to itself; anything else counts every token.
+
+    Returns:
+        bool [B, S].
+    """
+    everything = torch.ones(batch_size, length, dtype=torch.bool, device=device)
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape[-1] < length:
+        return everything
+    if attention_mask.ndim == 2:
+        mask = attention_mask[:, -length:] != 0
+    elif attention_mask.ndim == 4 and attention_mask.shape[-2] == length:
+        itself = attention_mask[:, 0, :, -length:].diagonal(dim1=-2, dim2=-1)
+        mask = itself if itself.dtype == torch.bool else itself == 0
+    else:
+        return everything
+    return mask.expand(batch_size, length).to(device)
