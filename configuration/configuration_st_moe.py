@@ -316,9 +316,7 @@ def _sparse_layer_indices(sparse_layers: Sequence[int] | str | None, num_layers:
 
 def _sparse_layers_fault(sparse_layers: Any, num_layers: int) -> str | None:
     """What is wrong with `sparse_layers` for a model of `num_layers` layers, or None."""
-    rule = (
-        f"must be None, 'every:k', 'last:k' or distinct layer indices, for k and indices that fit {num_layers} layers"
-    )
+    rule = f"must be None, 'every:k', 'last:k' or distinct layer indices that fit {num_layers} layers"
     if sparse_layers is None:
         return None
     if isinstance(sparse_layers, str):

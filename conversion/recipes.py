@@ -38,8 +38,7 @@ def read_ffn(ffn: FFNLocation) -> FFNTensors:
     Args:
         ffn: a location with storage `"tensors"`.
     """
-    assert ffn.layout is not None and ffn.module is not None
-    linears = [ffn.module.get_submodule(name) for name in (*ffn.layout.projections_in, ffn.layout.projection_out)]
+    linears = ffn.linears()
     weights = [linear.weight.detach().t() if ffn.conv1d else linear.weight.detach() for linear in linears]
     w_in = weights[0] if len(weights) == 2 else torch.cat(weights[:-1])
     if not ffn.bias:

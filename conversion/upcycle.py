@@ -44,7 +44,7 @@ def upcycle(
     """Turn a dense model into a sparse mixture of experts.
 
     With the recipe `"copy"` the mixture computes the dense function, which is measured on random tokens and printed;
-    the proof stays on the result as `identity_proof`. Dtype, devices, tied embeddings and the generation config are kept.
+    the proof stays on the result as `identity_proof`. Dtype, tied embeddings and the generation config are kept.
 
     Args:
         dense: a dense Transformers model (left as it is), a local folder, or the name of a model on the Hub.
@@ -133,8 +133,8 @@ def _check_widths(config: STMoEConfig, locations: list[FFNLocation], recipe: Rec
             raise ValueError(f"recipe: {name!r} needs FFNs that 3-D tensors can hold, but {ffn.reason}")
         if config.moe_intermediate_size not in (None, ffn.intermediate_size):
             raise ValueError(
-                f"moe_intermediate_size: recipe {name!r} keeps the dense width {ffn.intermediate_size} of layer {index}, "
-                f"got {config.moe_intermediate_size}"
+                f"moe_intermediate_size: recipe {name!r} keeps the dense width, {ffn.intermediate_size} in layer "
+                f"{index}, got {config.moe_intermediate_size}"
             )
 
 
@@ -214,7 +214,7 @@ def _verified(
     if dense.device.type == "meta" or isinstance(sparse, STMoEModel):
         return None
     proof = prove_identity(dense, sparse)
-    print(proof)
+    print(proof)  # noqa: T201 -- the proof is part of what the caller asked for
     policy = config.second_expert_policy_eval == "all" or config.num_experts_per_tok == 1
     exact = recipe.keeps_function and config.norm_topk_prob and policy and config.eval_capacity_factor is None
     if exact and not proof.holds:

@@ -31,6 +31,10 @@ class FFNLayout:
     projection_out: str
     gated: bool
 
+    def linears(self, module: nn.Module) -> list[Any]:
+        """The projections of an FFN, out last; None in the place of those it lacks."""
+        return [_get(module, name) for name in (*self.projections_in, self.projection_out)]
+
 
 LAYOUTS: tuple[FFNLayout, ...] = (
     FFNLayout(("gate_proj", "up_proj"), "down_proj", gated=True),
@@ -51,7 +55,7 @@ ACTIVATION_ATTRIBUTES = ("act_fn", "activation_fn", "act", "gelu_impl", "interme
 ACTIVATION_FIELDS = ("hidden_activation", "hidden_act", "activation_function", "activation", "ffn_activation")
 OUTPUT_DROPOUT_ATTRIBUTES = ("dropout", "hidden_dropout", "residual_dropout")
 
-# Numbers in an FFN that are no arithmetic of its own. Any other number may be a multiplier, which 3-D tensors cannot hold.
+# Numbers in an FFN that are no arithmetic of its own. Any other may be a multiplier, which 3-D tensors cannot hold.
 _INERT_NUMBERS = ("pretraining_tp", "layer_idx", *OUTPUT_DROPOUT_ATTRIBUTES)
 
 
@@ -90,6 +94,10 @@ class FFNLocation:
     adds_residual: bool = False
     storage: str = "none"
     reason: str = ""
+
+    def linears(self) -> list[Any]:
+        """The projections of the FFN, out last; empty without a layout."""
+        return [] if self.layout is None or self.module is None else self.layout.linears(self.module)
 
     def describe(self) -> str:
         """One line for people."""
@@ -161,8 +169,7 @@ def _locate(model: nn.Module, index: int, path: str, layer: nn.Module) -> FFNLoc
     module = getattr(layer, attribute) if attribute else layer
     path = f"{path}.{attribute}" if attribute else path
     for layout in LAYOUTS:
-        linears = [_get(module, name) for name in (*layout.projections_in, layout.projection_out)]
-        if all(_is_linear(linear) for linear in linears):
+        if all(_is_linear(linear) for linear in layout.linears(module)):
             return _describe(model, index, path, rule, module, layout)
     reason = f"its parts ({', '.join(name for name, _ in module.named_children())}) match no row of LAYOUTS"
     return _as_modules(index, path, rule, module, reason)
@@ -170,7 +177,7 @@ def _locate(model: nn.Module, index: int, path: str, layer: nn.Module) -> FFNLoc
 
 def _describe(model: nn.Module, index: int, path: str, rule: str, module: nn.Module, layout: FFNLayout) -> FFNLocation:
     """Fill in a location whose layout is known; whatever 3-D tensors cannot hold is kept as modules."""
-    linears = [_get(module, name) for name in (*layout.projections_in, layout.projection_out)]
+    linears = layout.linears(module)
     biases = {linear.bias is not None for linear in linears}
     activation = next((a for name in ACTIVATION_ATTRIBUTES if (a := _get(module, name)) is not None), None)
     if activation is None:

@@ -1,6 +1,6 @@
 """Auxiliary losses of a mixture, and statistics of its routing: pure functions of one layer's routing.
 
-Shape letters: T tokens, E experts, K choices per token, G groups (sequences, or the whole batch as one), S tokens per group.
+Shape letters: T tokens, E experts, K choices per token, G groups (sequences, or the batch as one), S tokens of one.
 Every function is computed in float32 and counts real tokens only.
 """
 

@@ -21,7 +21,7 @@ class TopKRouter(nn.Module):
 
     z = x W^T and p = softmax(z) in float32; the K largest p (ties to the lowest index) are divided by their sum if
     `norm_topk_prob`; choices after the first pass the second-expert policy; what capacity refuses gets weight 0.
-    Nothing is renormalised afterwards. Source: Zoph et al. 2022, section 2 and appendix A; Mesh TensorFlow `_top_n_gating`.
+    Nothing is renormalised afterwards. Source: Zoph et al. 2022, section 2; Mesh TensorFlow `_top_n_gating`.
 
     Args:
         config: the mixture's fields.

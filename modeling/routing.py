@@ -1,6 +1,6 @@
 """The routing record, and expert capacity.
 
-Shape letters: T tokens, H hidden size, E experts, K choices per token, G routing groups (sequences), S tokens per group.
+Shape letters: T tokens, H hidden size, E experts, K choices per token, G routing groups (sequences), S tokens of one.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class _Runs(NamedTuple):
 def _sort_by_expert(index: Tensor, weight: Tensor, num_experts: int) -> _Runs:
     """Group assignments by expert.
 
-    Those with weight 0, and those of experts that live elsewhere (index >= E under expert parallelism), belong to no run.
+    Those with weight 0, and those of experts held elsewhere (index >= E under expert parallelism), belong to no run.
     """
     queue = torch.where(weight == 0, num_experts, index).flatten().clamp(max=num_experts)
     order = torch.argsort(queue, stable=True)

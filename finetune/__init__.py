@@ -1,0 +1,5 @@
+"""Fine-tuning room: the Trainer that reports routers, data, and the report."""
+
+from st_moe.finetune.trainer import ROUTER_LOG, RouterMetrics, STMoETrainer, STMoETrainerMixin
+
+__all__ = ["ROUTER_LOG", "RouterMetrics", "STMoETrainer", "STMoETrainerMixin"]
