@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from packaging.version import Version
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -377,6 +377,8 @@ _FAMILIES: dict[str, type[STMoEConfig]] = {}
 @lru_cache
 def dense_model_types() -> tuple[str, ...]:
     """`model_type`s of the families that a mixture can be made from: dense, with a causal language model."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     names = []
     for config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
         fields = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)

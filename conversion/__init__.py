@@ -1,6 +1,7 @@
 """Conversion room: recipes, upcycling in memory and on disk, and the proof that step 0 keeps the function."""
 
 from st_moe.conversion.checkpoint import check_checkpoint
+from st_moe.conversion.folder import upcycle_checkpoint
 from st_moe.conversion.proof import IdentityProof, prove_identity
 from st_moe.conversion.recipes import RECIPES, FFNTensors
 from st_moe.conversion.upcycle import load_dense, upcycle
@@ -13,4 +14,5 @@ __all__ = [
     "load_dense",
     "prove_identity",
     "upcycle",
+    "upcycle_checkpoint",
 ]

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from st_moe.finetune.trainer import ROUTER_LOG
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
 
-LOG_NAME = "router_log.jsonl"
 LOSS_PLOT = "losses.png"
 LOAD_PLOT = "expert_load.png"
 AVERAGED_ENTRIES = 10  # the heat map is a mean over the last entries: one entry sees few batches and is noisy
@@ -64,7 +65,7 @@ def read_log(output_dir: str | Path) -> RunLog:
     Raises:
         ValueError: there is no log, it has no entry yet, or a line breaks the schema (with its number).
     """
-    path = Path(output_dir) / LOG_NAME
+    path = Path(output_dir) / ROUTER_LOG
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a report needs the output folder of an STMoETrainer run")
     log = RunLog()
@@ -119,11 +120,8 @@ def summary_table(output_dir: str | Path) -> Table:
     from rich.table import Table
 
     log = read_log(output_dir)
-    load_steps, layers, loads = log.loads()
+    _, layers, loads = log.loads()
     experts = loads.shape[2]
-    balanced = {"balance_loss": "1.0", "router/entropy": "<= 1.0", "router/dead_experts": "0"}
-    if experts:
-        balanced["router/max_load"] = f"{1 / experts:.4g} (1/{experts})"
     last_step = max(entries[-1]["step"] for entries in (log.training, log.evaluation) if entries)
     shape = f", sparse layers: {len(layers)}, experts: {experts}" if experts else ""
     table = Table(title=f"Router log up to step {last_step}{shape}")
@@ -131,26 +129,28 @@ def summary_table(output_dir: str | Path) -> Table:
         table.add_column(
             heading, justify="right" if heading in ("step", "value") else "left", no_wrap=heading != "unit"
         )
-    for name, unit in _METRICS:
-        steps, values = log.series(name)
-        if values:
-            table.add_row(name, str(steps[-1]), f"{values[-1]:.4g}", unit, balanced.get(name, "-"))
+    busiest = ""
     if experts:
         layer, expert = np.unravel_index(int(loads[-1].argmax()), loads[-1].shape)
-        where = f"x balanced; layer {layers[layer]}, expert {expert}"
-        table.add_row("busiest expert", str(load_steps[-1]), f"{loads[-1].max():.4g}", where, "1.0")
+        busiest = f" (layer {layers[layer]}, expert {expert})"
+    for name, unit, balanced in _METRICS:
+        steps, values = log.series(name)
+        if values:
+            unit += busiest if name == "router/max_load" else ""
+            table.add_row(name, str(steps[-1]), f"{values[-1]:.4g}", unit, balanced)
     return table
 
 
+# Name in the log, unit, and value of a perfectly balanced router; a uniform router has the entropy 1.
 _METRICS = (
-    ("loss", "nats/token + router losses"),
-    ("lm_loss", "nats/token"),
-    ("eval_loss", "nats/token"),
-    ("balance_loss", "no unit"),
-    ("router_z_loss", "squared logit"),
-    ("router/entropy", "fraction of ln(experts)"),
-    ("router/max_load", "share of tokens"),
-    ("router/dead_experts", "experts"),
+    ("loss", "nats/token + router losses", "-"),
+    ("lm_loss", "nats/token", "-"),
+    ("eval_loss", "nats/token", "-"),
+    ("balance_loss", "no unit", "1.0"),
+    ("router_z_loss", "squared logit", "-"),
+    ("router/entropy", "fraction of ln(experts)", "<= 1.0"),
+    ("router/max_load", "x balanced", "1.0"),
+    ("router/dead_experts", "experts", "0"),
 )
 
 
@@ -164,7 +164,7 @@ def _check_entry(entry: Any, place: str) -> None:
     step = entry.get("step")
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"{place}: field 'step' must be a whole number >= 0, got {step!r}")
-    for name, _ in _METRICS:
+    for name, *_ in _METRICS:
         value = entry.get(name, 0.0)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{place}: field {name!r} must be a number, got {value!r}")

@@ -1,13 +1,30 @@
-"""Sparse mixtures of experts from any dense Transformers model."""
+"""Sparse mixtures of experts from any dense Transformers model.
+
+Importing the package registers the model family with Transformers' Auto classes. Everything but the config is imported
+when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 
-from st_moe.configuration import STMoEConfig
-from st_moe.conversion import prove_identity, upcycle
-from st_moe.finetune import STMoETrainer
-from st_moe.modeling import STMoEForCausalLM, STMoEForSequenceClassification, STMoEModel, locate_ffns
+from st_moe.configuration import STMoEConfig, on_new_family
 
-AutoConfig.register(STMoEConfig.model_type, STMoEConfig)
+if TYPE_CHECKING:
+    from st_moe.conversion import prove_identity, upcycle
+    from st_moe.finetune import STMoETrainer
+    from st_moe.modeling import STMoEForCausalLM, STMoEForSequenceClassification, STMoEModel, locate_ffns
+
+_ROOMS = {
+    "STMoEForCausalLM": "st_moe.modeling",
+    "STMoEForSequenceClassification": "st_moe.modeling",
+    "STMoEModel": "st_moe.modeling",
+    "STMoETrainer": "st_moe.finetune",
+    "locate_ffns": "st_moe.modeling",
+    "prove_identity": "st_moe.conversion",
+    "upcycle": "st_moe.conversion",
+}
 
 __all__ = [
     "STMoEConfig",
@@ -19,3 +36,17 @@ __all__ = [
     "prove_identity",
     "upcycle",
 ]
+
+AutoConfig.register(STMoEConfig.model_type, STMoEConfig)
+# The model classes of a family register with the Auto classes when the modeling room makes them; a config comes first.
+on_new_family(lambda config_class: importlib.import_module("st_moe.modeling"))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_ROOMS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,190 @@
+"""The command line: thin, each command one call into the rooms. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+app = typer.Typer(
+    help="Sparse mixtures of experts from any dense Transformers model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="Any other field, e.g. --set router_jitter_noise=0.01; repeatable."
+    ),
+]
+
+
+def main() -> None:
+    """Entry point of `st-moe`: what a user can cause ends in one line on stderr and exit code 2."""
+    from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+
+    try:
+        app()
+    except (ValueError, OSError, HfHubHTTPError, StrictDataclassError) as error:
+        _fail(str(error) or type(error).__name__)
+    except KeyboardInterrupt:
+        _fail("interrupted", code=130)
+
+
+@app.command(epilog="Example: st-moe upcycle Qwen/Qwen3-0.6B ./qwen3-8x --num-experts 8 --top-k 2")
+def upcycle(
+    source: Annotated[str, typer.Argument(help="Dense model: a folder, or a name on the Hub.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    num_experts: Annotated[int, typer.Option(help="Experts per sparse layer.")] = 8,
+    top_k: Annotated[int, typer.Option(help="Experts per token.")] = 2,
+    sparse_layers: Annotated[
+        str | None, typer.Option(help="every:k, last:k or indices such as 1,3,5; all layers if left out.")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="How experts are made: copy, noise or drop.")] = "copy",
+    recipe_option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Option of the recipe, e.g. ratio=0.5; repeatable.")
+    ] = None,
+    router_std: Annotated[float, typer.Option(help="Standard deviation of the routers' weights.")] = 0.02,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing destination.")] = False,
+    settings: Settings = None,
+) -> None:
+    """Turn a dense checkpoint into a mixture of experts, and prove that step 0 computes the same function."""
+    from st_moe.conversion import upcycle_checkpoint
+
+    fields = _pairs("--set", settings)
+    if sparse_layers is not None:
+        fields["sparse_layers"] = _layers(sparse_layers)
+    upcycle_checkpoint(
+        source,
+        destination,
+        recipe=recipe,
+        recipe_options=_pairs("--recipe-option", recipe_option),
+        router_std=router_std,
+        seed=seed,
+        overwrite=overwrite,
+        num_experts=num_experts,
+        num_experts_per_tok=top_k,
+        **fields,
+    )
+    Console().print(f"written: {escape(str(destination))}")
+
+
+@app.command(epilog="Example: st-moe finetune ./qwen3-8x --data my.jsonl --output ./out --max-steps 1000 --bf16")
+def finetune(
+    model: Annotated[str, typer.Argument(help="Mixture: a folder, or a name on the Hub.")],
+    data: Annotated[str, typer.Option(help="jsonl file, folder of text files, or data set on the Hub.")],
+    output: Annotated[Path, typer.Option(help="Folder of checkpoints, logs and the final model.")],
+    max_length: Annotated[int, typer.Option(help="Tokens per training block.")] = 512,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    max_steps: Annotated[int, typer.Option(help="Optimizer steps; -1 follows --epochs.")] = -1,
+    batch_size: Annotated[int, typer.Option(help="Blocks per device and forward pass.")] = 8,
+    accumulate: Annotated[int, typer.Option(help="Forward passes per optimizer step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-5,
+    eval_fraction: Annotated[float, typer.Option(help="Share of the blocks held out for eval_loss.")] = 0.05,
+    bf16: Annotated[bool, typer.Option(help="Mixed precision with bfloat16.")] = False,
+    checkpointing: Annotated[bool, typer.Option(help="Recompute activations to save memory.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the data order and of dropout.")] = 42,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")] = False,
+    settings: Settings = None,
+) -> None:
+    """Fine-tune a mixture with the Trainer, every router loss in its logs."""
+    from st_moe.finetune.run import finetune as run
+
+    metrics = run(
+        model,
+        data,
+        output,
+        max_length=max_length,
+        eval_fraction=eval_fraction,
+        resume=resume,
+        **{
+            "num_train_epochs": epochs,
+            "max_steps": max_steps,
+            "per_device_train_batch_size": batch_size,
+            "per_device_eval_batch_size": batch_size,
+            "gradient_accumulation_steps": accumulate,
+            "learning_rate": learning_rate,
+            "bf16": bf16,
+            "gradient_checkpointing": checkpointing,
+            "seed": seed,
+            "logging_steps": 10,
+            **_pairs("--set", settings),
+        },
+    )
+    losses = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("train_loss", "eval_loss") if name in metrics)
+    Console().print(f"{losses}; saved in {escape(str(output))}")
+
+
+@app.command(epilog="Example: st-moe inspect ./qwen3-8x --layers")
+def inspect(
+    model: Annotated[str, typer.Argument(help="Mixture: a folder, or a name on the Hub.")],
+    layers: Annotated[bool, typer.Option("--layers", help="One row per layer.")] = False,
+) -> None:
+    """Show what a mixture costs: parameters, FLOPs per token, memory. No weights are read."""
+    from st_moe.configuration import STMoEConfig
+    from st_moe.finetune.costs import cost_tables, count_costs
+
+    config = STMoEConfig.from_pretrained(model)
+    for table in cost_tables(config, count_costs(config), per_layer=layers):
+        Console().print(table)
+
+
+@app.command(epilog="Example: st-moe report ./out")
+def report(
+    output: Annotated[Path, typer.Argument(help="Output folder of a finished or running training.")],
+    destination: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures; the output folder if left out.")
+    ] = None,
+) -> None:
+    """Draw the losses and the expert load of a training."""
+    from st_moe.finetune.report import draw_report, summary_table
+
+    console = Console()
+    console.print(summary_table(output))
+    for path in draw_report(output, destination):
+        console.print(f"drawn: {escape(str(path))}")
+
+
+@app.command(epilog="Example: st-moe demo --fast")
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of models, logs and pictures.")] = Path("st-moe-demo"),
+    fast: Annotated[bool, typer.Option("--fast", help="A much smaller run, to see that everything works.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+) -> None:
+    """Go the whole way on text that every Python carries: train, upcycle, prove, fine-tune, compare, report."""
+    from st_moe.demo import run_demo
+
+    run_demo(output, fast=fast, seed=seed)
+
+
+def _pairs(option: str, pairs: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE words as a dictionary; values are Python literals, or else text."""
+    found: dict[str, Any] = {}
+    for pair in pairs or ():
+        name, separator, value = pair.partition("=")
+        if not name or not separator:
+            raise ValueError(f"{option}: must be NAME=VALUE, got {pair!r}")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
+
+
+def _layers(text: str) -> list[int] | str:
+    """`"1,3,5"` as indices; other forms are checked by the config."""
+    return (
+        [int(index) for index in text.split(",")] if all(part.strip().isdecimal() for part in text.split(",")) else text
+    )
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(message)}")
+    raise SystemExit(code)

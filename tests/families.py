@@ -1,0 +1,183 @@
+"""Tiny dense models of every family that the project promises, their mixtures, and a tokenizer made on the spot."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from st_moe import STMoEConfig, STMoEForCausalLM, upcycle
+from st_moe.modeling.routers import TopKRouter
+
+#: The families whose upcycled models are promised to compute the dense function.
+FAMILIES = (
+    "llama",
+    "mistral",
+    "ministral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi",
+    "phi3",
+    "stablelm",
+    "gpt2",
+    "gpt_neox",
+    "gpt_bigcode",
+    "opt",
+    "bloom",
+    "falcon",
+    "olmo2",
+    "smollm3",
+    "granite",
+    "cohere",
+    "starcoder2",
+    "nemotron",
+    "glm4",
+)
+
+#: Families that normalise the FFN's output, which hides its scale.
+POST_NORM = ("gemma2", "gemma3_text", "glm4", "olmo2")
+
+VOCAB, HIDDEN, WIDTH, LAYERS = 96, 32, 48, 2
+TOLERANCE = 1e-5
+
+# What a config names differently, or what makes a tiny model exercise the family's own ways.
+_OWN_FIELDS: dict[str, dict[str, Any]] = {
+    "opt": {"ffn_dim": WIDTH, "word_embed_proj_dim": HIDDEN},
+    "mistral": {"sliding_window": 6},
+    "ministral": {"sliding_window": 6},
+    "gemma2": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "granite": {"logits_scaling": 2.0, "residual_multiplier": 0.7, "embedding_multiplier": 3.0},
+    "cohere": {"logit_scale": 0.25},
+    "gpt_bigcode": {"n_inner": WIDTH},
+    "gpt2": {"n_inner": WIDTH},
+}
+
+
+def tiny_config(family: str, **fields: Any) -> PreTrainedConfig:
+    """A dense config of the family small enough for a test; `fields` win."""
+    config_class = CONFIG_MAPPING[family]
+    wanted = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": WIDTH,
+        "max_position_embeddings": 64,
+        "head_dim": 8,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    known = set(config_class.__dataclass_fields__) | set(config_class.attribute_map)
+    known_wanted = {name: value for name, value in wanted.items() if name in known}
+    own = _OWN_FIELDS.get(family, {})
+    if "num_hidden_layers" in fields:
+        own = {name: value for name, value in own.items() if not isinstance(value, list)}
+    return config_class(**{**known_wanted, **own, **fields})
+
+
+@torch.no_grad()
+def perturb(model: nn.Module, std: float = 0.05, seed: int = 0) -> None:
+    """Move every parameter off its initial value, so that no norm is 1 and no bias is 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter += torch.randn(parameter.shape, generator=generator) * std
+
+
+def dense_model(family: str, auto: Any = AutoModelForCausalLM, seed: int = 0, **fields: Any) -> PreTrainedModel:
+    """A dense model with perturbed random weights, in evaluation mode."""
+    torch.manual_seed(seed)
+    model = auto.from_config(tiny_config(family, **fields)).eval()
+    perturb(model, seed=seed + 1)
+    return model
+
+
+@lru_cache
+def pair(family: str) -> tuple[PreTrainedModel, STMoEForCausalLM]:
+    """A dense model and its mixture of 4 copies, top 2; shared between tests, so only to be read."""
+    dense = dense_model(family)
+    return dense, upcycle(dense, num_experts=4, num_experts_per_tok=2, verify=False)
+
+
+def mixture(family: str = "llama", auto: type = STMoEForCausalLM, seed: int = 0, **fields: Any) -> Any:
+    """A mixture of 4 experts that differ and are told apart by sharp routers, in evaluation mode.
+
+    `fields` may belong to the family or to the mixture.
+    """
+    torch.manual_seed(seed)
+    dense_names = set(CONFIG_MAPPING[family].__dataclass_fields__) | set(CONFIG_MAPPING[family].attribute_map)
+    dense_names |= {"num_labels", "problem_type", "tie_word_embeddings"}
+    dense = {name: value for name, value in fields.items() if name in dense_names}
+    own = {name: value for name, value in fields.items() if name not in dense}
+    config = STMoEConfig.from_dense(tiny_config(family, **dense), **{"num_experts": 4, **own})
+    model = auto(config).eval()
+    perturb(model, seed=seed + 1)
+    sharpen(model)
+    return model
+
+
+@torch.no_grad()
+def sharpen(model: nn.Module, factor: float = 10.0) -> None:
+    """Scale the routers up, so that their choices differ between tokens."""
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.weight *= factor
+
+
+def token_ids(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:
+    """Random ids int64 [batch, length] without the special tokens."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, as a fraction of the largest expected value."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Every gradient of a model by parameter name; a missing one is an error."""
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not missing, f"no gradient: {missing}"
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
+    """Every gradient equal, relative to the largest entry of its own tensor."""
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        floor = 1e-7 if gradient.abs().max() < 1e-7 else gradient.abs().max().item()
+        difference = (actual[name] - gradient).abs().max().item() / floor
+        assert difference <= tolerance, f"{name}: {difference:.1e}"
+
+
+@lru_cache
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of VOCAB entries, trained on one sentence, padding on the left."""
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=special, show_progress=False)
+    inner.train_from_iterator(["the quick brown fox jumps over the lazy dog, and the dog sleeps on"] * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+    )

@@ -1,0 +1,68 @@
+"""Registers the host's marks, and holds every outcome against the table of skips."""
+
+from collections.abc import Generator
+
+import pytest
+
+from .skips import complaint, skip_of
+
+HOST_MARKS = (
+    "accelerate_tests",
+    "flash_attn_3_test",
+    "flash_attn_4_test",
+    "flash_attn_test",
+    "is_expert_parallel_test",
+    "is_fsdp_test",
+    "is_tensor_parallel_test",
+    "is_training_test",
+    "torch_compile_test",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "host: the host library's own common tests (make test-host)")
+    config.addinivalue_line("markers", "distributed: starts several processes")
+    for mark in HOST_MARKS:
+        config.addinivalue_line("markers", f"{mark}: carried by tests of the host")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that the table itself leaves out."""
+    for item in items:
+        family = _family_of(item)
+        skip = skip_of(_test_name(item), family) if family else None
+        if skip is not None and skip.says is None:
+            item.add_marker(pytest.mark.skip(reason=skip.reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Turn a skip without a line in the table, and a line without a skip, into a failure."""
+    report = yield
+    family = _family_of(item)
+    if family is None or report.failed or (report.passed and report.when != "call"):
+        return report
+    if report.passed and (item.cls.__name__, item.name) in _partly_skipped():
+        return report
+    said = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    problem = complaint(_test_name(item), family, "passed" if report.passed else "skipped", said)
+    if problem is not None:
+        report.outcome, report.longrepr = "failed", problem
+    return report
+
+
+def _family_of(item: pytest.Item) -> str | None:
+    """The dense family of a test that came from the host, None for tests of our own."""
+    return getattr(getattr(item, "cls", None), "family", None)
+
+
+def _test_name(item: pytest.Item) -> str:
+    return item.name
+
+
+def _partly_skipped() -> set[tuple[str, str]]:
+    from .harness import PARTLY_SKIPPED
+
+    return PARTLY_SKIPPED

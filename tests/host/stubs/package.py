@@ -1,0 +1,1 @@
+"""Marks a folder of the fetched host tests as a package."""

@@ -1,0 +1,54 @@
+"""The host's parallel and training tests, on one family: ranks are CPU processes of one gloo group, with time limits."""
+
+import unittest
+from unittest import mock
+
+import pytest
+
+from .harness import HostCase
+
+from transformers_host_tests import test_expert_parallel_mixin, test_fsdp_mixin, test_tensor_parallel_mixin  # isort: skip
+from transformers_host_tests.test_training_mixin import TrainingTesterMixin  # isort: skip
+
+pytestmark = [pytest.mark.host, pytest.mark.distributed]
+
+# The host runs these tests for a list of model types only; None means all.
+RESTRICTIONS = (
+    (test_tensor_parallel_mixin, "TP_DISTRIBUTED_TEST_MODEL_TYPES"),
+    (test_expert_parallel_mixin, "EP_DISTRIBUTED_TEST_MODEL_TYPES"),
+    (test_fsdp_mixin, "FSDP_DISTRIBUTED_TEST_MODEL_TYPES"),
+)
+
+
+class DistributedCase(HostCase):
+    """A family whose tests run whatever its model type, on machines with fewer cores than ranks, too."""
+
+    family = "llama"
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        for module, name in RESTRICTIONS:
+            restriction = mock.patch.object(module, name, None)
+            restriction.start()
+            cls.addClassCleanup(restriction.stop)
+
+    def _skip_if_insufficient_devices(self, world_size: int) -> None:
+        """Never: tiny models share the cores."""
+
+
+class TestTensorAndExpertParallel(
+    DistributedCase,
+    test_tensor_parallel_mixin.TensorParallelTesterMixin,
+    test_expert_parallel_mixin.ExpertParallelTesterMixin,
+    unittest.TestCase,
+):
+    pass
+
+
+class TestFSDP(DistributedCase, test_fsdp_mixin.FSDPTesterMixin, unittest.TestCase):
+    pass
+
+
+class TestTraining(DistributedCase, TrainingTesterMixin, unittest.TestCase):
+    pass
