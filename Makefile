@@ -3,7 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
-# torch is asked for on its own and first, so that a build already chosen (CPU, a CUDA version) is kept by what follows.
+# torch is asked for on its own and first, so that a build already chosen (CPU, a CUDA version) is kept by what follows;
+# another version is tried with TORCH=... and any build of it can be put into $(VENV) beforehand.
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 OLDEST_TORCH ?= 2.9.0
 # More words for pytest, e.g. make pytest PYTEST_ARGS="-k router -x"
@@ -26,9 +27,10 @@ help:  ## say what there is
 venv: $(STAMP)  ## create .venv and install the pinned set
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install "torch==$(TORCH)"
-	$(BIN)/pip install -c $(CONSTRAINTS) -e ".[dev,trl]"
+	grep -v '^torch==' $(CONSTRAINTS) > $(VENV)/constraints.txt
+	$(BIN)/pip install -c $(VENV)/constraints.txt -e ".[dev,trl]"
 	touch $@
 
 demo: $(STAMP)  ## upcycle, train and compare a small model, start to finish
@@ -63,5 +65,5 @@ test-oldest:  ## the test suite with the oldest supported versions
 	$(MAKE) pytest VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TORCH=$(OLDEST_TORCH)
 
 clean:  ## remove everything that make created
-	rm -rf .venv .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist *.egg-info st-moe-demo .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

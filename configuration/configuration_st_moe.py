@@ -433,7 +433,7 @@ def family_config(dense_model_type: str) -> type[STMoEConfig]:
         "dense_config_class": dense,
         **defaults,
     }
-    cls = strict(type("STMoEConfig", (STMoEConfig, dense), namespace))
+    cls: type[STMoEConfig] = strict(type("STMoEConfig", (STMoEConfig, dense), namespace))
     _FAMILIES[dense_model_type] = cls
     for listener in _NEW_FAMILY_LISTENERS:
         listener(cls)

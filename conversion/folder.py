@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
@@ -65,7 +65,7 @@ def upcycle_checkpoint(
     try:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         _copy_companions(source, partial)
-        card = _model_card(str(source), model.config, recipe, seed, model.identity_proof)
+        card = _model_card(str(source), cast(STMoEConfig, model.config), recipe, seed, model.identity_proof)
         (partial / "README.md").write_text(card, encoding="utf-8")
         partial.chmod(0o755)
         if target.exists():

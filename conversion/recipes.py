@@ -64,7 +64,7 @@ def noise(
     _check("fraction", fraction, 0 <= fraction <= 1, "must be in [0, 1]")
     experts = copy(dense, num_experts, generator)
     for weight in experts[:2]:
-        for expert in weight:  # type: ignore[union-attr]
+        for expert in weight:
             draw = torch.randn(expert.shape, generator=generator) * scale
             chosen = torch.rand(expert.shape, generator=generator) < fraction
             expert += (draw * chosen).to(expert)

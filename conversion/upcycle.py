@@ -15,7 +15,7 @@ from transformers.utils import logging
 from st_moe.configuration import STMoEConfig
 from st_moe.conversion.checkpoint import check_checkpoint
 from st_moe.conversion.proof import IdentityProof, prove_identity
-from st_moe.conversion.recipes import FFNTensors, Recipe, check_recipe, read_ffn
+from st_moe.conversion.recipes import Recipe, check_recipe, read_ffn
 from st_moe.modeling import (
     STMoEForCausalLM,
     STMoEForSequenceClassification,
@@ -40,7 +40,7 @@ def upcycle(
     seed: int = 0,
     verify: bool = True,
     **mixture_fields: Any,
-) -> STMoEForCausalLM:
+) -> STMoEPreTrainedModel:
     """Turn a dense model into a sparse mixture of experts.
 
     With the recipe `"copy"` the mixture computes the dense function, which is measured on random tokens and printed;
@@ -65,8 +65,8 @@ def upcycle(
     chosen = check_recipe(recipe, recipe_options or {})
     if not router_std >= 0:
         raise ValueError(f"router_std: must not be negative, got {router_std!r}")
-    owned = not isinstance(dense, nn.Module)
-    model = load_dense(dense) if owned else dense
+    owned = isinstance(dense, str | Path)
+    model = load_dense(dense) if isinstance(dense, str | Path) else dense
     sparse_class = _sparse_class(model)
     config = STMoEConfig.from_dense(model.config, **mixture_fields)
     locations = locate_ffns(model)
@@ -157,7 +157,7 @@ def _take_over(sparse: nn.Module, dense: nn.Module, share: bool) -> None:
         for store, origin in ((module._parameters, source._parameters), (module._buffers, source._buffers)):
             for key, value in store.items():
                 if value is not None:
-                    store[key] = take(origin[key])  # type: ignore[assignment, arg-type]
+                    store[key] = take(origin[key])  # type: ignore[arg-type]
 
 
 def _fill_block(
@@ -169,7 +169,7 @@ def _fill_block(
     generator: torch.Generator,
 ) -> None:
     """Give one sparse block its weights: experts by the recipe, a random router, extra FFNs that add nothing."""
-    like = next(ffn.module.parameters())  # type: ignore[union-attr]
+    like = next(ffn.module.parameters())
     router = torch.randn(block.gate.weight.shape, generator=generator) * router_std
     block.gate.weight = nn.Parameter(router.to(like))
     experts = block.experts
@@ -178,15 +178,15 @@ def _fill_block(
             experts[number] = copy.deepcopy(ffn.module)
     else:
         made = recipe.function(read_ffn(ffn), experts.num_experts, generator, **options)
-        named = FFNTensors(experts.in_name, "down_proj", f"{experts.in_name}_bias", "down_proj_bias")  # type: ignore[arg-type]
-        for name, tensor in zip(named, made, strict=True):
+        names = (experts.in_name, "down_proj", f"{experts.in_name}_bias", "down_proj_bias")
+        for name, tensor in zip(names, made, strict=True):
             if tensor is not None:
-                setattr(experts, name, nn.Parameter(tensor))  # type: ignore[call-overload]
+                setattr(experts, name, nn.Parameter(tensor))
         if experts.multiplicative_bias is not None:
             experts.multiplicative_bias = nn.Parameter(like.new_ones(experts.multiplicative_bias.shape))
     for extra in (block.shared_experts, block.ffn_before, block.ffn_after):
         if extra is not None:
-            _fill_extra(extra, like, experts.initializer_range, generator)  # type: ignore[arg-type]
+            _fill_extra(extra, like, block.gate.initializer_range, generator)
 
 
 def _fill_extra(ffn: DenseFFN, like: torch.Tensor, std: float, generator: torch.Generator) -> None:

@@ -70,7 +70,7 @@ class RouterLogFile(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        path = Path(args.output_dir) / ROUTER_LOG
+        path = Path(str(args.output_dir)) / ROUTER_LOG
         kept = []
         if path.is_file() and state.global_step > 0:
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -81,7 +81,10 @@ class RouterLogFile(TrainerCallback):
         path.write_text("".join(kept), encoding="utf-8")
 
 
-_Base = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
 
 class STMoETrainerMixin(_Base):
@@ -104,7 +107,7 @@ class STMoETrainerMixin(_Base):
         Raises:
             ValueError: when trainable weights are float16, whose gradients no loss scaler can unscale.
         """
-        half = [name for name, p in self.model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+        half = [name for name, p in _model(self).named_parameters() if p.requires_grad and p.dtype == torch.float16]
         if half and not self.is_deepspeed_enabled:
             raise ValueError(
                 f"model: trainable weights must be float32 or bfloat16, got float16 ({half[0]} and {len(half) - 1} "
@@ -148,16 +151,21 @@ class STMoETrainerMixin(_Base):
         if "loss" in logs and self.router_metrics.sums:
             scalars, load = self.router_metrics.reduce(self.accelerator)
             logs.update(scalars)
-            line = {"layers": self.model.config.sparse_layer_indices, "expert_load": load}
+            line = {"layers": _model(self).config.sparse_layer_indices, "expert_load": load}
         super().log(logs, *args, **kwargs)
         if self.is_world_process_zero():
             line = {"step": self.state.global_step, **logs, **line}
-            with (Path(self.args.output_dir) / ROUTER_LOG).open("a", encoding="utf-8") as file:
+            with (Path(str(self.args.output_dir)) / ROUTER_LOG).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
 
 class STMoETrainer(STMoETrainerMixin, Trainer):
     """The host's Trainer for mixtures; see `STMoETrainerMixin` for what it adds to the logs."""
+
+
+def _model(trainer: Trainer) -> Any:
+    """The Trainer's model, or its base model under an adapter."""
+    return trainer.model
 
 
 def _target_labels(inputs: dict[str, Any], shifts: bool) -> Tensor | None:

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, use_experts_implementation
 from transformers.utils import logging
 
 from st_moe.configuration import STMoEConfig
@@ -26,6 +26,9 @@ logger = logging.get_logger(__name__)
 
 #: Name of this project's experts implementation in the host's registry, and the default.
 EXPERTS_IMPLEMENTATION = "st_moe"
+
+# Up to this many assignments a forward pass is bound by reading weights and by overhead, not by products.
+_FEW_ASSIGNMENTS = 64
 
 
 class STMoEExperts(nn.Module):
@@ -47,6 +50,7 @@ class STMoEExperts(nn.Module):
         self.intermediate_size = config.moe_intermediate_size or ffn.intermediate_size
         self.initializer_range = config.initializer_range
         self.act_fn = copy.deepcopy(ffn.activation)
+        self.activation_name = activations.activation_name(self.act_fn)
         self.dropout = nn.Dropout(config.expert_dropout)
         self.in_name = "gate_up_proj" if ffn.gated else "up_proj"
         width = (2 if ffn.gated else 1) * self.intermediate_size
@@ -77,8 +81,8 @@ class STMoEExperts(nn.Module):
 
     def parameters_of_all(self) -> ExpertParameters:
         """The stacked parameters as the kernels take them."""
-        biases = [getattr(self, f"{name}_bias", None) for name in (self.in_name, "down_proj")]
-        return ExpertParameters(getattr(self, self.in_name), self.down_proj, *biases, self.multiplicative_bias)
+        b_in, b_out = (getattr(self, f"{name}_bias", None) for name in (self.in_name, "down_proj"))
+        return ExpertParameters(getattr(self, self.in_name), self.down_proj, b_in, b_out, self.multiplicative_bias)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Plain loop over experts, the reference of the fast implementations (`experts_implementation="eager"`).
@@ -92,15 +96,15 @@ class STMoEExperts(nn.Module):
             [T, H], the weighted sum over each token's experts.
         """
         # unbind once: its backward is one stack, where indexing would add a full-size gradient per expert.
-        stacked = [None if p is None else p.unbind(0) for p in self.parameters_of_all()]
+        stacked = self.parameters_of_all().map(lambda parameter: parameter.unbind(0))
         output = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
         for expert in range(self.num_experts):
-            p = ExpertParameters(*(None if s is None else s[expert] for s in stacked))
+            w_in, w_out, b_in, b_out, scale = stacked.of(expert)
             token, rank = torch.where((top_k_index == expert) & (top_k_weights != 0))
-            hidden = nn.functional.linear(hidden_states[token], p.w_in, p.b_in)
+            hidden = nn.functional.linear(hidden_states[token], w_in, b_in)
             hidden = self._apply_gate(hidden) if self.in_name == "gate_up_proj" else self.act_fn(hidden)
-            hidden = hidden if p.scale is None else hidden * p.scale
-            rows = nn.functional.linear(self.dropout(hidden), p.w_out, p.b_out)
+            hidden = hidden if scale is None else hidden * scale
+            rows = nn.functional.linear(self.dropout(hidden), w_out, b_out)
             output = output.index_add(0, token, (rows * top_k_weights[token, rank, None]).to(output.dtype))
         return output.to(hidden_states.dtype)
 
@@ -164,22 +168,28 @@ def sorted_experts_forward(
     Shapes as in `STMoEExperts.forward`. Falls back to the plain loop, with a warning, for activations without a row in
     `st_moe.modeling.kernels.activations.DERIVATIVES`.
     """
-    activation = activations.activation_name(self.act_fn)
-    if activation is None:
+    if self.activation_name is None:
         logger.warning_once(
             f"No handwritten derivative for the activation {type(self.act_fn).__name__}: experts run in the plain loop."
         )
         return self.forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)  # type: ignore[attr-defined]
     parameters = self.parameters_of_all()
+    few = top_k_index.numel() <= _FEW_ASSIGNMENTS and not torch.is_grad_enabled()
+    if few and parameters.scale is None and not self.training:
+        # Decoding: the host's implementations have less overhead, and batched_mm needs no sync on an accelerator.
+        host = "grouped_mm" if hidden_states.device.type == "cpu" else "batched_mm"
+        return ALL_EXPERTS_FUNCTIONS[host](self, hidden_states, top_k_index, top_k_weights)
     device = hidden_states.device.type
     # The kernel is opaque to autocast, which a dense FFN's linear layers would follow.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters.w_in.dtype
-    parameters = ExpertParameters(*(None if p is None else p.to(dtype) for p in parameters))
+    parameters = parameters.map(lambda parameter: parameter.to(dtype))
     keep = None
     if self.training and self.dropout.p > 0:
         keep = self.dropout(hidden_states.new_ones(top_k_index.numel(), parameters.w_out.shape[-1], dtype=dtype))
     gated = self.in_name == "gate_up_proj"
-    output = sorted_experts(hidden_states.to(dtype), top_k_index, top_k_weights, parameters, activation, gated, keep)
+    output = sorted_experts(
+        hidden_states.to(dtype), top_k_index, top_k_weights, parameters, self.activation_name, gated, keep
+    )
     return output.to(hidden_states.dtype)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any
 
 from transformers import (
@@ -104,9 +104,12 @@ def _with_router_logits(signature: inspect.Signature, output: type) -> inspect.S
     return inspect.Signature([*parameters[:at], extra, *parameters[at:]], return_annotation=output)
 
 
-@lru_cache
-def _family_for(config_class: type[STMoEConfig]) -> Family:
-    return Family(config_class)
+_FAMILIES: dict[str, Family] = {}
+
+
+def _make_family(config_class: type[STMoEConfig]) -> None:
+    if config_class.dense_model_type not in _FAMILIES:
+        _FAMILIES[config_class.dense_model_type] = Family(config_class)
 
 
 def family_of(dense_model_type: str) -> Family:
@@ -115,12 +118,13 @@ def family_of(dense_model_type: str) -> Family:
     Raises:
         ValueError: when Transformers has no such dense family.
     """
-    return _family_for(family_config(dense_model_type))
+    family_config(dense_model_type)
+    return _FAMILIES[dense_model_type]
 
 
 for _public, _, _auto_class in _KINDS:
     _auto_class.register(STMoEConfig, _public)
-on_new_family(_family_for)
+on_new_family(_make_family)
 
 
 def __getattr__(name: str) -> Family:

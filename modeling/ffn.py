@@ -68,11 +68,11 @@ class FFNLocation:
         path: dotted name of the FFN's module in the model; of the decoder layer, if the FFN lies loose in it.
         rule: `"module"` (a child module), `"loose"` (fc1, activation_fn, fc2 directly in the layer) or `"split"`
             (intermediate and output modules, as in BERT).
-        module: the module at `path`; None if nothing was found.
+        module: the module at `path`.
         layout: the row of `LAYOUTS` that names its parts; None for experts held as modules.
         gated, bias, conv1d: whether it is gated, has biases, stores its weights transposed (Conv1D).
         hidden_size, intermediate_size: H and I; 0 without a layout.
-        activation: the activation module; None without a layout.
+        activation: the activation module; an identity without a layout.
         output_dropout: probability of the dropout on the FFN's output.
         adds_residual: whether the FFN is handed the residual and adds it.
         storage: `"tensors"`, `"modules"`, or `"none"` when the layer cannot be made sparse.
@@ -82,14 +82,14 @@ class FFNLocation:
     layer: int
     path: str
     rule: str
-    module: nn.Module | None = field(repr=False)
+    module: nn.Module = field(repr=False)
     layout: FFNLayout | None = None
     gated: bool = False
     bias: bool = False
     conv1d: bool = False
     hidden_size: int = 0
     intermediate_size: int = 0
-    activation: nn.Module | None = None
+    activation: nn.Module = field(default_factory=nn.Identity)
     output_dropout: float = 0.0
     adds_residual: bool = False
     storage: str = "none"
@@ -97,7 +97,7 @@ class FFNLocation:
 
     def linears(self) -> list[Any]:
         """The projections of the FFN, out last; empty without a layout."""
-        return [] if self.layout is None or self.module is None else self.layout.linears(self.module)
+        return [] if self.layout is None else self.layout.linears(self.module)
 
     def describe(self) -> str:
         """One line for people."""
@@ -113,7 +113,7 @@ class FFNLocation:
         return f"layer {self.layer}: {self.path} ({parts}, {activation}, {size})"
 
 
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
     """Dotted name and list of the decoder layers: the first list of num_hidden_layers modules that hold FFNs."""
     num_layers = model.config.num_hidden_layers
     fallback = None
@@ -164,7 +164,7 @@ def _locate(model: nn.Module, index: int, path: str, layer: nn.Module) -> FFNLoc
     found = _find_in_layer(layer)
     if found is None:
         names = ", ".join(name for name, _ in layer.named_children())
-        return FFNLocation(index, path, "", None, reason=f"no feed-forward network among its parts ({names})")
+        return FFNLocation(index, path, "", layer, reason=f"no feed-forward network among its parts ({names})")
     rule, attribute = found
     module = getattr(layer, attribute) if attribute else layer
     path = f"{path}.{attribute}" if attribute else path

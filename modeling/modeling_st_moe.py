@@ -6,12 +6,13 @@ same kind. The dense class does everything a dense model does; these swap its FF
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
@@ -38,6 +39,9 @@ class STMoEPreTrainedModel(PreTrainedModel):
     #: The dense family's class that a family's class derives from; None on the public classes.
     dense_class: ClassVar[type[PreTrainedModel] | None] = None
 
+    #: How far the mixture is from its dense parent, when it was upcycled in this process.
+    identity_proof: Any = None
+
     _can_set_experts_implementation_cached_value = True
 
     def __new__(cls, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> STMoEPreTrainedModel:
@@ -58,7 +62,7 @@ class STMoEPreTrainedModel(PreTrainedModel):
             return
         self.to_empty(device=device)
         for module in self.modules():
-            module._is_hf_initialized = False
+            module._is_hf_initialized = False  # type: ignore[assignment]
         self.init_weights()
 
     def _make_sparse(self, config: STMoEConfig) -> None:
@@ -113,19 +117,19 @@ class STMoEPreTrainedModel(PreTrainedModel):
         if plain and not any(e.has_bias or e.multiplicative_bias is not None for e in experts):
             return
         # Biases would be added once per rank, and ungated projections need another split: keep whole experts per rank.
-        self._tp_plan = {rule: style for rule, style in self._tp_plan.items() if ".experts" not in rule}
+        self._tp_plan = {rule: style for rule, style in self.tp_plan.items() if ".experts" not in rule}
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+    def _set_gradient_checkpointing(  # type: ignore[override]  # every_n_layers is not in the oldest host
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
         """Checkpoint layers so that their recomputation sees the forward pass's token mask and records nothing."""
-        function = kwargs.get("gradient_checkpointing_func")
-        if enable and function is not None:
-            if getattr(function, "keywords", {}).get("use_reentrant"):
-                raise ValueError(
-                    "gradient_checkpointing_kwargs: use_reentrant must be False, got True; reentrant checkpointing "
-                    "cuts the router logits off from their gradient, which silently turns the auxiliary losses off"
-                )
-            kwargs["gradient_checkpointing_func"] = checkpoint_in_scope(function)
-        super()._set_gradient_checkpointing(enable=enable, **kwargs)
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs: use_reentrant must be False, got True; reentrant checkpointing cuts "
+                "the router logits off from their gradient, which silently turns the auxiliary losses off"
+            )
+        function = checkpoint_in_scope(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=function, **kwargs)
 
 
 def _saved_config(source: Any, kwargs: dict[str, Any]) -> STMoEConfig:
@@ -194,7 +198,7 @@ class STMoEModel(STMoEPreTrainedModel):
         scope = RoutingScope() if outer is None or outer.token_mask is not None else outer
         inputs = kwargs.get("input_ids")
         inputs = kwargs["inputs_embeds"] if inputs is None else inputs
-        scope.token_mask = token_mask_of(kwargs.get("attention_mask"), *inputs.shape[:2], device=inputs.device)
+        scope.token_mask = token_mask_of(kwargs.get("attention_mask"), inputs.shape[0], inputs.shape[1], inputs.device)
         with activate(scope):
             output = super().forward(**kwargs, return_dict=True)
         if want_logits:
@@ -212,7 +216,7 @@ def install_sparse_block(model: nn.Module, ffn: FFNLocation, block: SparseBlock)
     if ffn.rule == "loose":
         layer.fc1, layer.activation_fn, layer.fc2 = block, nn.Identity(), nn.Identity()
     else:
-        layer.intermediate, layer.output.dense = block, nn.Identity()
+        layer.intermediate, layer.get_submodule("output").dense = block, nn.Identity()
 
 
 class _Head(STMoEPreTrainedModel):
@@ -240,7 +244,7 @@ class _Head(STMoEPreTrainedModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         with activate(RoutingScope()) as scope:
             dense = super().forward(**kwargs, return_dict=True)
-        output = self.output_class(**{name: dense.get(name) for name in ("loss", "logits")})
+        output: Any = self.output_class(**{name: dense.get(name) for name in ("loss", "logits")})
         for name, value in dense.items():
             output[name] = value
         output.lm_loss = output.loss

@@ -24,7 +24,7 @@ class Routing(NamedTuple):
     """
 
     logits: torch.Tensor
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # the contract's word; nobody looks for a field's position
     weight: torch.Tensor
     dropped: torch.Tensor | None
     token_mask: torch.Tensor

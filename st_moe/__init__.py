@@ -37,9 +37,14 @@ __all__ = [
     "upcycle",
 ]
 
+
+def _import_modeling(config_class: type[STMoEConfig]) -> None:
+    importlib.import_module("st_moe.modeling")
+
+
 AutoConfig.register(STMoEConfig.model_type, STMoEConfig)
 # The model classes of a family register with the Auto classes when the modeling room makes them; a config comes first.
-on_new_family(lambda config_class: importlib.import_module("st_moe.modeling"))
+on_new_family(_import_modeling)
 
 
 def __getattr__(name: str) -> Any:

@@ -81,9 +81,9 @@ FULL = DemoPlan(
     router_std=0.02,
     block_length=128,
     batch_size=16,
-    dense_steps=300,
+    dense_steps=240,
     dense_learning_rate=3e-3,
-    tune_steps=200,
+    tune_steps=160,
     tune_learning_rate=3e-3,
     evaluations=5,
     held_out_blocks=160,
@@ -179,7 +179,7 @@ def run_demo(output_dir: Path, *, fast: bool = False, seed: int = 0, console: Co
         sample = _sample(plan, mixture, data.tokenizer, seed)
         console.print(f"[bold]Sample of the mixture:[/bold] {escape(sample)}")
         _save_and_reload(mixture, data, output_dir / "mixture")
-        console.print(f"Saved to {output_dir / 'mixture'} and reloaded: logits are bit-equal")
+        console.print(f"Saved to {escape(str(output_dir / 'mixture'))} and reloaded: logits are bit-equal")
     plots = tuple(draw_report(output_dir / "training", output_dir))
     result = DemoResult(
         plan=plan,
@@ -193,7 +193,7 @@ def run_demo(output_dir: Path, *, fast: bool = False, seed: int = 0, console: Co
         seconds=time.perf_counter() - started,
     )
     _write_json(result, output_dir / "demo.json")
-    console.print(f"Plots: {', '.join(str(plot) for plot in plots)}")
+    console.print(f"Plots: {escape(', '.join(str(plot) for plot in plots))}")
     console.print(f"Done in {result.seconds:.0f} s")
     return result
 
@@ -201,8 +201,8 @@ def run_demo(output_dir: Path, *, fast: bool = False, seed: int = 0, console: Co
 def comparison_table(rows: Sequence[ModelRow]) -> Table:
     """The models side by side."""
     table = Table(title="Held-out loss at equal tokens")
-    table.add_column("model")
-    for heading in ("parameters", "active", "held-out loss\n(nats/token)", "training speed\n(tokens/s)"):
+    table.add_column("model", no_wrap=True)
+    for heading in ("parameters", "active", "held-out loss\n(nats/token)", "training\n(tokens/s)"):
         table.add_column(heading, justify="right")
     for row in rows:
         speed = "-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"

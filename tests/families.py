@@ -58,6 +58,8 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "ministral": {"sliding_window": 6},
     "gemma2": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    # The norm behind its FFN should hide the FFN's scale entirely, which a large epsilon would not let it.
+    "olmo2": {"rms_norm_eps": 1e-9},
     "smollm3": {"no_rope_layers": [1, 0]},
     "granite": {"logits_scaling": 2.0, "residual_multiplier": 0.7, "embedding_multiplier": 3.0},
     "cohere": {"logit_scale": 0.25},
@@ -155,13 +157,13 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
-    """Every gradient equal, relative to the largest entry of its own tensor."""
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-4) -> None:
+    """Every gradient equal, relative to its own largest entry; what rounding makes of zeros is forgiven."""
     assert actual.keys() == expected.keys()
+    rounding = 1e-7 * max(gradient.abs().max().item() for gradient in expected.values())
     for name, gradient in expected.items():
-        floor = 1e-7 if gradient.abs().max() < 1e-7 else gradient.abs().max().item()
-        difference = (actual[name] - gradient).abs().max().item() / floor
-        assert difference <= tolerance, f"{name}: {difference:.1e}"
+        difference = (actual[name] - gradient).abs().max().item()
+        assert difference <= tolerance * gradient.abs().max().item() + rounding, f"{name}: {difference:.1e}"
 
 
 @lru_cache

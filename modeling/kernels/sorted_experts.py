@@ -9,7 +9,7 @@ one expert, P = 2 for gated experts (gate first, then up) and 1 otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -36,9 +36,14 @@ class ExpertParameters(NamedTuple):
     b_out: Tensor | None = None
     scale: Tensor | None = None
 
+    def map(self, function: Callable[[Tensor], Any]) -> ExpertParameters:
+        """The function applied to every parameter there is."""
+        b_in, b_out, scale = (None if p is None else function(p) for p in self[2:])
+        return ExpertParameters(function(self.w_in), function(self.w_out), b_in, b_out, scale)
+
     def of(self, expert: int) -> ExpertParameters:
         """Parameters of one expert; never called under autograd."""
-        return ExpertParameters(*(None if p is None else p[expert] for p in self))  # type: ignore[arg-type]
+        return self.map(lambda parameter: parameter[expert])
 
 
 class _Runs(NamedTuple):
@@ -146,8 +151,13 @@ def _expert_backward(
         torch.sum(d_scale, 0, out=d.scale)
     for factor in factors:
         d_hidden = d_hidden * factor
-    d_gate = activations.backward(activation, d_hidden if up is None else d_hidden * up, gate)
-    d_pre = d_gate if up is None else torch.cat([d_gate, d_hidden * act], dim=-1)
+    if up is None:
+        d_pre = activations.backward(activation, d_hidden, gate)
+    else:
+        d_pre = torch.empty_like(pre)
+        d_gate, d_up = d_pre.chunk(2, dim=-1)
+        torch.mul(d_hidden, act, out=d_up)
+        d_gate.copy_(activations.backward(activation, d_hidden * up, gate))
     if x is not None:
         torch.mm(d_pre.t(), x, out=d.w_in)
     if d.b_in is not None and d.b_in.numel():
@@ -224,8 +234,7 @@ def _backward(
     d_weight = weight.new_zeros(index.numel())
     for e, run in runs:
         if run.start == run.stop:
-            for gradient in gradients.of(e):
-                gradient.zero_()
+            gradients.of(e).map(Tensor.zero_)
             continue
         x = hidden.index_select(0, runs.token[run]) if needs[2] else None
         g = grad.index_select(0, runs.token[run])

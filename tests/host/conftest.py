@@ -1,9 +1,11 @@
 """Registers the host's marks, and holds every outcome against the table of skips."""
 
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
+from .fetch import left_out, unavailable
 from .skips import complaint, skip_of
 
 HOST_MARKS = (
@@ -19,18 +21,28 @@ HOST_MARKS = (
 )
 
 
+# They import the fetched tests. When there are none, test_host_available.py says so in their stead.
+NEED_HOST_TESTS = ("test_host_common.py", "test_host_distributed.py", "test_host_table.py")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "host: the host library's own common tests (make test-host)")
-    config.addinivalue_line("markers", "distributed: starts several processes")
     for mark in HOST_MARKS:
         config.addinivalue_line("markers", f"{mark}: carried by tests of the host")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out what cannot be imported without the host's tests."""
+    if collection_path.name in NEED_HOST_TESTS and (left_out() or unavailable() is not None):
+        return True
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the tests that the table itself leaves out."""
     for item in items:
         family = _family_of(item)
-        skip = skip_of(_test_name(item), family) if family else None
+        skip = skip_of(item.name, family) if family else None
         if skip is not None and skip.says is None:
             item.add_marker(pytest.mark.skip(reason=skip.reason))
 
@@ -47,7 +59,7 @@ def pytest_runtest_makereport(
     if report.passed and (item.cls.__name__, item.name) in _partly_skipped():
         return report
     said = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    problem = complaint(_test_name(item), family, "passed" if report.passed else "skipped", said)
+    problem = complaint(item.name, family, "passed" if report.passed else "skipped", said)
     if problem is not None:
         report.outcome, report.longrepr = "failed", problem
     return report
@@ -56,10 +68,6 @@ def pytest_runtest_makereport(
 def _family_of(item: pytest.Item) -> str | None:
     """The dense family of a test that came from the host, None for tests of our own."""
     return getattr(getattr(item, "cls", None), "family", None)
-
-
-def _test_name(item: pytest.Item) -> str:
-    return item.name
 
 
 def _partly_skipped() -> set[tuple[str, str]]:

@@ -17,6 +17,7 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
+from functools import lru_cache
 from pathlib import Path
 
 PACKAGE = "transformers_host_tests"
@@ -48,13 +49,17 @@ STUB_FILES = {
 """Path inside the fetched package -> our file in ``stubs/``."""
 
 
-class HostTestsUnavailable(RuntimeError):
+LEFT_OUT = "ST_MOE_HOST_TESTS"
+"""Environment variable; the value `skip` leaves the host's tests out knowingly."""
+
+
+class HostTestsUnavailableError(RuntimeError):
     """The host library's tests could not be fetched; the message says why and what to do."""
 
 
 def install() -> Path:
-    """Make the package ``transformers_host_tests`` importable and return its folder; raises HostTestsUnavailable."""
-    version = importlib.metadata.version("transformers")
+    """Make ``transformers_host_tests`` importable and return its folder; raises HostTestsUnavailableError."""
+    version = installed_version()
     root = CACHE / version
     package = root / PACKAGE
     if not package.is_dir():
@@ -66,6 +71,29 @@ def install() -> Path:
     return package
 
 
+def installed_version() -> str:
+    """Version of Transformers whose tests are wanted."""
+    return importlib.metadata.version("transformers")
+
+
+def left_out() -> bool:
+    """Whether the user asked to leave the host's tests out; raises ValueError for a value that means nothing."""
+    value = os.environ.get(LEFT_OUT, "")
+    if value not in ("", "skip"):
+        raise ValueError(f"{LEFT_OUT}: must be unset or 'skip', got {value!r}")
+    return value == "skip"
+
+
+@lru_cache
+def unavailable() -> str | None:
+    """Why the host's tests cannot be fetched, or None when they are there."""
+    try:
+        install()
+    except HostTestsUnavailableError as error:
+        return str(error)
+    return None
+
+
 def _download(version: str) -> bytes:
     """The source distribution of this version, checked against the sha256 that the index states for it."""
     index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/") + "/transformers/"
@@ -75,14 +103,14 @@ def _download(version: str) -> bytes:
         listing = json.loads(_read(urllib.request.Request(index, headers=accept)))
         stated = next((entry for entry in listing["files"] if entry["filename"] == file_name), None)
         if stated is None:
-            raise HostTestsUnavailable(_message(version, f"{index} lists no {file_name}"))
+            raise HostTestsUnavailableError(_message(version, f"{index} lists no {file_name}"))
         archive = _read(urllib.request.Request(urllib.parse.urljoin(index, stated["url"])))
     except (OSError, json.JSONDecodeError) as error:
-        raise HostTestsUnavailable(_message(version, f"{index}: {error}")) from error
+        raise HostTestsUnavailableError(_message(version, f"{index}: {error}")) from error
     found = hashlib.sha256(archive).hexdigest()
     if found != stated["hashes"]["sha256"]:
         problem = f"{file_name} has sha256 {found}, but the index states {stated['hashes']['sha256']}"
-        raise HostTestsUnavailable(_message(version, problem))
+        raise HostTestsUnavailableError(_message(version, problem))
     return archive
 
 
@@ -99,7 +127,7 @@ def _extract(archive: bytes, version: str) -> dict[str, bytes]:
         wanted = {name: f"transformers-{version}/tests/{name}" for name in TEST_FILES}
         missing = sorted(name for name, member in wanted.items() if member not in names)
         if missing:
-            raise HostTestsUnavailable(_message(version, f"its source distribution has no {', '.join(missing)}"))
+            raise HostTestsUnavailableError(_message(version, f"its source distribution has no {', '.join(missing)}"))
         streams = {name: tar.extractfile(member) for name, member in wanted.items()}
         return {name: stream.read() for name, stream in streams.items() if stream is not None}
 
@@ -134,5 +162,5 @@ def _message(version: str, problem: str) -> str:
     return (
         f"The host library's own tests for transformers {version} could not be fetched: {problem}. They are downloaded "
         "once from the package index (PIP_INDEX_URL or pypi.org) and then kept in .cache/host-tests. Connect and run "
-        "again, or set ST_MOE_HOST_TESTS=skip to leave them out knowingly."
+        f"again, or set {LEFT_OUT}=skip to leave them out knowingly."
     )
