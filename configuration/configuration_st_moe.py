@@ -240,13 +240,6 @@ class STMoEConfig(PreTrainedConfig):
         if faults:
             raise ValueError("; ".join(faults))
 
-    def to_dict(self) -> dict[str, Any]:
-        """The host's dictionary, stamped with the version that wrote it."""
-        output = super().to_dict()
-        for name in ("base_model_tp_plan", "base_model_ep_plan"):
-            output.pop(name, None)
-        return output
-
     @classmethod
     def _faults(cls, kwargs: Mapping[str, Any]) -> list[str]:
         """Faults of the keyword arguments: misspelt names, wrong types, broken rules."""
@@ -256,6 +249,9 @@ class STMoEConfig(PreTrainedConfig):
             nearest = None if newer else _nearest_field(name, cls)
             if nearest is not None:
                 faults.append(f"{name}: is not a field of STMoEConfig; did you mean {nearest!r}?")
+        family = kwargs.get("dense_model_type", cls.dense_model_type)
+        if family != cls.dense_model_type:
+            faults.append(f"dense_model_type: must be {cls.dense_model_type!r} for this family's class, got {family!r}")
         values: dict[str, Any] = {}
         aliases = {alias: name for alias, name in STMoEConfig.attribute_map.items() if alias in kwargs}
         given = {**{name: kwargs[alias] for alias, name in aliases.items()}, **kwargs}

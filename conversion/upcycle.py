@@ -69,6 +69,7 @@ def upcycle(
     model = load_dense(dense) if isinstance(dense, str | Path) else dense
     sparse_class = _sparse_class(model)
     config = STMoEConfig.from_dense(model.config, **mixture_fields)
+    config._attn_implementation = model.config._attn_implementation
     locations = locate_ffns(model)
     _check_widths(config, locations, chosen, recipe)
     with torch.device("meta"):

@@ -41,7 +41,7 @@ def expert_capacity(tokens: torch.Tensor, capacity_factor: float, num_experts: i
     Returns:
         int64 [G].
     """
-    share = torch.floor(tokens * capacity_factor / num_experts).long()
+    share = torch.floor(tokens.double() * capacity_factor / num_experts).long()
     return torch.minimum(share, tokens).clamp(min=min_capacity)
 
 

@@ -47,12 +47,11 @@ def active_scope() -> RoutingScope | None:
 @contextmanager
 def activate(scope: RoutingScope) -> Iterator[RoutingScope]:
     """Make `scope` the active one; the one before it comes back afterwards."""
-    outer = _active.get()
-    _active.set(scope)
+    token = _active.set(scope)
     try:
         yield scope
     finally:
-        _active.set(outer)
+        _active.reset(token)
 
 
 def checkpoint_in_scope(checkpoint: Callable[..., Any]) -> Callable[..., Any]:

@@ -114,7 +114,7 @@ class SparseBlock(nn.Module):
             # Called outside of a model's forward: every token counts, each sequence is a group.
             groups = hidden_states.shape[0] if hidden_states.ndim == 3 else 1
             mask = torch.ones(groups, len(tokens) // max(groups, 1), dtype=torch.bool, device=tokens.device)
-        routing = self.gate(tokens, mask)
+        routing = self.gate(tokens, mask.to(tokens.device))
         if scope is not None:
             scope.record(routing)
         return self.experts(tokens, routing.index, routing.weight).view_as(hidden_states)

@@ -145,6 +145,13 @@ def token_ids(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def checkpoint_activations(model: PreTrainedModel, **kwargs: Any) -> None:
+    """Switch activation checkpointing on, under the name that the installed Transformers has for it."""
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name) if hasattr(model, name) else model.gradient_checkpointing_enable
+    enable(kwargs or None)
+
+
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
     """Largest difference, as a fraction of the largest expected value."""
     return ((actual - expected).abs().max() / expected.abs().max()).item()

@@ -97,16 +97,17 @@ def unavailable() -> str | None:
 def _download(version: str) -> bytes:
     """The source distribution of this version, checked against the sha256 that the index states for it."""
     index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/") + "/transformers/"
+    place = urllib.parse.urlsplit(index).hostname or index  # messages leave out the credentials that an index may hold
     file_name = f"transformers-{version}.tar.gz"
     accept = {"Accept": "application/vnd.pypi.simple.v1+json"}
     try:
         listing = json.loads(_read(urllib.request.Request(index, headers=accept)))
         stated = next((entry for entry in listing["files"] if entry["filename"] == file_name), None)
         if stated is None:
-            raise HostTestsUnavailableError(_message(version, f"{index} lists no {file_name}"))
+            raise HostTestsUnavailableError(_message(version, f"{place} lists no {file_name}"))
         archive = _read(urllib.request.Request(urllib.parse.urljoin(index, stated["url"])))
     except (OSError, json.JSONDecodeError) as error:
-        raise HostTestsUnavailableError(_message(version, f"{index}: {error}")) from error
+        raise HostTestsUnavailableError(_message(version, f"{place}: {error}")) from error
     found = hashlib.sha256(archive).hexdigest()
     if found != stated["hashes"]["sha256"]:
         problem = f"{file_name} has sha256 {found}, but the index states {stated['hashes']['sha256']}"

@@ -45,8 +45,9 @@ CLASS_NAMES = {
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "STMoEForSequenceClassification",
 }
 
-# Tests that skipped a part of themselves and went on (`subTest`); their outcome alone would look like a full pass.
-PARTLY_SKIPPED: set[tuple[str, str]] = set()
+# What tests said that skipped a part of themselves and went on (`subTest`), by class and method; their outcome alone
+# would look like a full pass.
+PARTLY_SKIPPED: dict[tuple[str, str], str] = {}
 
 
 class HostModelTester:
@@ -94,11 +95,11 @@ class HostCase:
 
     @classmethod
     def setUpClass(cls) -> None:
-        super().setUpClass()  # type: ignore[misc]
+        super().setUpClass()
         for table, class_name in CLASS_NAMES.items():
             names = mock.patch.dict(getattr(modeling_auto, table), {STMoEConfig.model_type: class_name})
             names.start()
-            cls.addClassCleanup(names.stop)  # type: ignore[attr-defined]
+            cls.addClassCleanup(names.stop)
 
     def setUp(self) -> None:
         self.model_tester = HostModelTester(self.family)
@@ -106,9 +107,9 @@ class HostCase:
 
     def skipTest(self, reason: str) -> None:  # noqa: N802  (unittest's name)
         """Skip as the table allows it; anything else is a failure."""
-        name = self._testMethodName  # type: ignore[attr-defined]
+        name = self._testMethodName
         problem = complaint(name, self.family, "skipped", reason)
         if problem is not None:
-            self.fail(problem)  # type: ignore[attr-defined]
-        PARTLY_SKIPPED.add((type(self).__name__, name))
-        super().skipTest(reason)  # type: ignore[misc]
+            self.fail(problem)
+        PARTLY_SKIPPED[type(self).__name__, name] = reason
+        super().skipTest(reason)

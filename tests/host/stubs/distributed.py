@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
-RUN_TIMEOUT_SECONDS = float(os.environ.get("ST_MOE_HOST_RUN_TIMEOUT", "180"))
+RUN_TIMEOUT_SECONDS = 180.0
 START_METHOD = "forkserver"
 """The server imports the libraries once and forks a rank from there, which saves seconds for each rank."""
 
