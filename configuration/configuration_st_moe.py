@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import logging
 
@@ -42,8 +42,20 @@ _SMALL_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 # Unknown names that hold one of these words are taken for misspelt mixture fields, not for the user's own attributes.
-_MIXTURE_WORDS = ("expert", "router", "capacity", "sparse_layer", "moe_", "balance_loss")
-_KNOWN_EXTRA_NAMES = ("experts_implementation", "_experts_implementation_internal")
+_MIXTURE_WORDS = (
+    "expert",
+    "router",
+    "capacity",
+    "sparse_layer",
+    "sparse_step",
+    "moe_",
+    "z_loss",
+    "aux_loss",
+    "balanc",
+    "jitter",
+)
+# Names that hosts' configs carry as plain attributes, close to a mixture field's name.
+_KNOWN_EXTRA_NAMES = ("experts_implementation", "_experts_implementation_internal", "intermediate_size")
 
 
 def installed_version() -> str:
@@ -143,12 +155,11 @@ class STMoEConfig(PreTrainedConfig):
         return super().__new__(cls)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        written_by = self.st_moe_version
-        if written_by is not None and Version(written_by) > Version(installed_version()):
+        if _is_newer(self.st_moe_version):
             unknown = sorted(name for name in kwargs if _nearest_field(name, type(self)) is not None)
             logger.warning(
-                f"This config was written by st_moe {written_by}, newer than the installed {installed_version()}. "
-                f"Fields unknown here are kept as they are: {', '.join(unknown) or 'none'}."
+                f"This config was written by st_moe {self.st_moe_version}, newer than the installed "
+                f"{installed_version()}. Fields unknown here are kept as they are: {', '.join(unknown) or 'none'}."
             )
         else:
             self.st_moe_version = installed_version()
@@ -169,7 +180,29 @@ class STMoEConfig(PreTrainedConfig):
             raise ValueError("dense_config: must be a dense model's config, got an STMoEConfig.")
         fields = {k: v for k, v in dense_config.to_dict().items() if k not in ("model_type", "architectures")}
         fields.pop("transformers_version", None)
+        family = family_config(dense_config.model_type)
+        foreign = [name for name in fields if _nearest_field(name, family)]
+        if foreign:
+            # A saved config with these names could not be told from one with misspelt fields.
+            logger.warning(f"Attributes of the dense config left out, too like mixture fields: {', '.join(foreign)}.")
+        fields = {name: value for name, value in fields.items() if name not in foreign}
         return cls(**{**fields, "dense_model_type": dense_config.model_type, **mixture_fields})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The host's way from a dictionary; mixture fields among `kwargs` are checked like all others.
+
+        Raises:
+            ValueError: when the dictionary is another model's, or a mixture field is at fault.
+        """
+        model_type = config_dict.get("model_type", STMoEConfig.model_type)
+        if model_type != STMoEConfig.model_type:
+            raise ValueError(
+                f"model_type: must be 'st_moe', got {model_type!r}; st_moe.upcycle turns a dense model into a mixture"
+            )
+        own = {*MIXTURE_FIELDS, *STMoEConfig.attribute_map}
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def dense_config(self) -> PreTrainedConfig:
         """Config of the dense parent: the family's fields alone."""
@@ -244,17 +277,21 @@ class STMoEConfig(PreTrainedConfig):
     def _faults(cls, kwargs: Mapping[str, Any]) -> list[str]:
         """Faults of the keyword arguments: misspelt names, wrong types, broken rules."""
         faults = []
-        newer = kwargs.get("st_moe_version") and Version(kwargs["st_moe_version"]) > Version(installed_version())
-        for name in kwargs:
-            nearest = None if newer else _nearest_field(name, cls)
+        newer = _is_newer(kwargs.get("st_moe_version"))
+        if newer is None:
+            faults.append(f"st_moe_version: must be a version such as '0.1.0', got {kwargs['st_moe_version']!r}")
+        for name in () if newer else kwargs:
+            nearest = _nearest_field(name, cls)
             if nearest is not None:
                 faults.append(f"{name}: is not a field of STMoEConfig; did you mean {nearest!r}?")
         family = kwargs.get("dense_model_type", cls.dense_model_type)
         if family != cls.dense_model_type:
             faults.append(f"dense_model_type: must be {cls.dense_model_type!r} for this family's class, got {family!r}")
         values: dict[str, Any] = {}
-        aliases = {alias: name for alias, name in STMoEConfig.attribute_map.items() if alias in kwargs}
-        given = {**{name: kwargs[alias] for alias, name in aliases.items()}, **kwargs}
+        given = dict(kwargs)
+        for alias, name in STMoEConfig.attribute_map.items():
+            if alias in kwargs and kwargs[alias] != given.setdefault(name, kwargs[alias]):
+                faults.append(f"{alias}: is another name of {name}, got {kwargs[alias]!r} and {given[name]!r}")
         for name in MIXTURE_FIELDS:
             value = given.get(name, getattr(cls, name, None))
             try:
@@ -285,6 +322,16 @@ MIXTURE_FIELDS: tuple[str, ...] = tuple(
     for field in dataclasses.fields(STMoEConfig)
     if field.name not in {base.name for base in dataclasses.fields(PreTrainedConfig)}
 )
+
+
+def _is_newer(version: Any) -> bool | None:
+    """Whether a config's version is newer than the installed one; None if it is no version."""
+    if version is None:
+        return False
+    try:
+        return Version(version) > Version(installed_version())
+    except (InvalidVersion, TypeError):
+        return None
 
 
 def _nearest_field(name: str, cls: type[STMoEConfig]) -> str | None:
@@ -334,7 +381,10 @@ def _rule_faults(values: Mapping[str, Any], num_layers: int | None) -> list[str]
 
     check("num_experts", "must be at least 1", lambda v: v >= 1)
     experts = values.get("num_experts", math.inf)
-    check("num_experts_per_tok", f"must be between 1 and num_experts={experts}", lambda v: 1 <= v <= max(experts, 1))
+    if experts >= 1:
+        check("num_experts_per_tok", f"must be between 1 and num_experts={experts}", lambda v: 1 <= v <= experts)
+    if num_layers is not None and num_layers < 1:
+        faults.append(f"num_hidden_layers: must be at least 1, got {num_layers}")
     check("moe_intermediate_size", "must be positive or None", lambda v: v >= 1)
     nearest = difflib.get_close_matches(str(values.get("router_type")), list(ROUTER_TYPES), n=1)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
@@ -377,16 +427,22 @@ def dense_model_types() -> tuple[str, ...]:
 
     names = []
     for config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
-        fields = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
-        if not config_class.sub_configs and not {"num_experts", "num_experts_per_tok"} & fields:
+        if not config_class.sub_configs and not _mixture_fields_of(config_class):
             names.append(config_class.model_type)
     return tuple(sorted(set(names)))
 
 
+def _mixture_fields_of(config_class: type[PreTrainedConfig]) -> list[str]:
+    """Fields by which a config of the host says that its model already is a mixture."""
+    fields = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    own = (set(MIXTURE_FIELDS) | set(STMoEConfig.attribute_map)) - {"initializer_range"}
+    return sorted(name for name in fields if name in own or "num_experts" in name)
+
+
 def _dense_config_class(dense_model_type: str) -> type[PreTrainedConfig]:
     """Config class of a dense family; ValueError with the reason when there is none."""
-    if not isinstance(dense_model_type, str) or dense_model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(str(dense_model_type), dense_model_types(), n=1)
+    if dense_model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(dense_model_type, dense_model_types(), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"dense_model_type: must be a model_type of Transformers, got {dense_model_type!r}{hint}")
     config_class = CONFIG_MAPPING[dense_model_type]
@@ -394,8 +450,7 @@ def _dense_config_class(dense_model_type: str) -> type[PreTrainedConfig]:
         text = [name for name in dense_model_types() if name.startswith(f"{dense_model_type}_text")]
         hint = f"; use its text model: {text[0]!r}" if text else ""
         raise ValueError(f"dense_model_type: {dense_model_type!r} is a composite of several models{hint}")
-    fields = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
-    taken = sorted(fields & (set(MIXTURE_FIELDS) | set(STMoEConfig.attribute_map)) - {"initializer_range"})
+    taken = _mixture_fields_of(config_class)
     if taken:
         raise ValueError(
             f"dense_model_type: must be a dense family, got {dense_model_type!r}, whose config already has "
@@ -410,11 +465,15 @@ def family_config(dense_model_type: str) -> type[STMoEConfig]:
     Raises:
         ValueError: when Transformers has no such dense family.
     """
+    if not isinstance(dense_model_type, str):
+        raise ValueError(f"dense_model_type: must be a model_type of Transformers, got {dense_model_type!r}")
     if dense_model_type in _FAMILIES:
         return _FAMILIES[dense_model_type]
     dense = _dense_config_class(dense_model_type)
     defaults: dict[str, Any] = {"dense_model_type": dense_model_type, **_SMALL_DEFAULTS.get(dense_model_type, {})}
-    defaults.setdefault("initializer_range", getattr(dense, "initializer_range", 0.02))
+    initializer_range = getattr(dense, "initializer_range", None)
+    if initializer_range is not None:
+        defaults["initializer_range"] = initializer_range
     annotations = {name: _annotation(name, dense) for name in defaults}
     namespace = {
         "__module__": __name__,

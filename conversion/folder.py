@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, cast
 
+import torch
 import transformers
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from st_moe.configuration import STMoEConfig
+from st_moe.configuration import MIXTURE_FIELDS, STMoEConfig, family_config
 from st_moe.configuration.configuration_st_moe import installed_version
+from st_moe.conversion.checkpoint import check_checkpoint, dense_config
 from st_moe.conversion.proof import IdentityProof
+from st_moe.conversion.recipes import FFNTensors, check_recipe
 from st_moe.conversion.upcycle import upcycle
+from st_moe.modeling import locate_ffns
 
 logger = logging.get_logger(__name__)
 
@@ -37,7 +43,7 @@ def upcycle_checkpoint(
 ) -> IdentityProof | None:
     """Write the mixture that a dense checkpoint becomes, with its tokenizer, generation config, chat template and card.
 
-    The folder appears whole or not at all.
+    The folder appears whole or not at all. Every argument is checked before weights are read.
 
     Args:
         source: a local folder or the name of a model on the Hub.
@@ -52,28 +58,91 @@ def upcycle_checkpoint(
     Raises:
         ValueError: when an argument or the source is at fault; nothing is written then.
     """
-    target = Path(destination)
-    if target.exists() and not overwrite:
-        raise ValueError(f"destination: must not exist, but {target} does; choose another or pass overwrite")
-    if target.resolve() == Path(source).resolve():
-        raise ValueError(f"destination: must not be the source, got {target}")
-    model = upcycle(
-        source, recipe=recipe, recipe_options=recipe_options, router_std=router_std, seed=seed, **mixture_fields
-    )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        model.save_pretrained(partial, max_shard_size=max_shard_size)
-        _copy_companions(source, partial)
-        card = _model_card(str(source), cast(STMoEConfig, model.config), recipe, seed, model.identity_proof)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        partial.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    target = Path(destination).resolve()
+    _check_destination(target, source, overwrite)
+    check_checkpoint(source)
+    _rehearse(source, recipe, recipe_options or {}, router_std, mixture_fields)
+    with _replacing(target) as folder:
+        model = upcycle(
+            source, recipe=recipe, recipe_options=recipe_options, router_std=router_std, seed=seed, **mixture_fields
+        )
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        _copy_companions(source, folder)
+        card = _model_card(source, cast(STMoEConfig, model.config), recipe, seed, model.identity_proof)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return model.identity_proof
+
+
+def _check_destination(target: Path, source: str | Path, overwrite: bool) -> None:
+    """Refuse to write over what is there, above all over the source."""
+    if Path(source).exists():
+        origin = Path(source).resolve()
+        if target == origin or origin in target.parents:
+            raise ValueError(f"destination: must lie outside of the source {origin}, got {target}")
+        if target in origin.parents:
+            raise ValueError(f"destination: must not hold the source {origin}, got {target}")
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"destination: must not exist, but {target} does; choose another or pass overwrite")
+    if not target.is_dir():
+        raise ValueError(f"destination: must be a folder to be overwritten, but {target} is a file")
+    if any(target.iterdir()) and not (target / "config.json").is_file():
+        raise ValueError(f"destination: only a checkpoint is overwritten, but {target} holds no config.json")
+
+
+def _rehearse(
+    source: str | Path, recipe: str, options: Mapping[str, Any], router_std: float, fields: Mapping[str, Any]
+) -> None:
+    """Upcycle without weights, so that a fault of any argument shows before the weights are read.
+
+    Raises:
+        ValueError: when an argument or the dense model is at fault.
+    """
+    known = {*MIXTURE_FIELDS, *STMoEConfig.attribute_map} - {"dense_model_type", "st_moe_version"}
+    for name in fields.keys() - known:
+        near = difflib.get_close_matches(name, sorted(known), n=1)
+        raise ValueError(f"{name}: is not a field of the mixture" + (f"; did you mean {near[0]!r}?" if near else ""))
+    tiny = FFNTensors(torch.zeros(4, 2), torch.zeros(2, 4))
+    try:
+        check_recipe(recipe, options).function(tiny, 1, torch.Generator(), **options)
+    except TypeError as error:
+        raise ValueError(f"recipe_options: must be numbers, got {dict(options)} ({error})") from None
+    config = dense_config(source)
+    family_config(config.model_type)
+    with torch.device("meta"):
+        dense = AutoModel.from_config(config)
+    locations = locate_ffns(dense)
+    if all(ffn.storage == "none" for ffn in locations):
+        raise ValueError(
+            f"source: no layer of {source} ({config.model_type}) can be made sparse: {locations[0].reason}"
+        )
+    upcycle(dense, router_std=router_std, verify=False, **fields)
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `target` at the end of the block; if that fails, nothing stays."""
+    made = [parent for parent in target.parents if not parent.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    workshop = Path(mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    fresh, old = workshop / "fresh", workshop / "old"
+    try:
+        fresh.mkdir()
+        yield fresh
+        if target.exists():
+            target.rename(old)
+        try:
+            fresh.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # not empty: the new folder stands in it
+                parent.rmdir()
 
 
 def _copy_companions(source: str | Path, target: Path) -> None:
@@ -96,16 +165,19 @@ def _copy_companions(source: str | Path, target: Path) -> None:
                     shutil.copyfile(path, target / path.name)
 
 
-def _model_card(source: str, config: STMoEConfig, recipe: str, seed: int, proof: IdentityProof | None) -> str:
+def _model_card(source: str | Path, config: STMoEConfig, recipe: str, seed: int, proof: IdentityProof | None) -> str:
     """Model card in the Hub's format."""
     total, active = (config.num_parameters(active=active) for active in (False, True))
+    local = Path(source).exists()
+    parent = Path(source).resolve().name if local else str(source)
+    # The Hub knows no folder of this machine, so only a name of its own is linked.
+    link = "" if local else f"base_model: {parent}\n"
     return f"""---
 library_name: transformers
 tags: [st_moe, mixture-of-experts, upcycled]
-base_model: {Path(source).name if Path(source).exists() else source}
----
+{link}---
 
-# Mixture of experts, upcycled from {Path(source).name if Path(source).exists() else source}
+# Mixture of experts, upcycled from {parent}
 
 | | |
 |---|---|

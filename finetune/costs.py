@@ -11,12 +11,18 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from st_moe.configuration import STMoEConfig
+from st_moe.modeling.experts import STMoEExperts
 
 _LAYER = re.compile(r"\.(\d+)\.")
-_GIB = 1024**3
+_OUTSIDE = "embeddings and head"
+
+# Steps of a unit: the largest that leaves at least 1 before the decimal point is shown.
+_COUNTS = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1e3, "thousand"), (1, ""))
+_FLOPS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"), (1, "FLOP"))
+_BYTES = ((1024**4, "TiB"), (1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB"), (1, "bytes"))
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,11 @@ class Costs:
 
     Attributes:
         parts: the layers, and what is outside of them.
-        bytes_per_parameter: of the weights' dtype.
+        dtype: of the saved weights.
     """
 
     parts: tuple[Part, ...]
-    bytes_per_parameter: int
+    dtype: torch.dtype
 
     @property
     def total(self) -> int:
@@ -71,84 +77,110 @@ class Costs:
         return 3 * self.forward_flops
 
     @property
-    def inference_gib(self) -> float:
-        """GiB of the weights; the KV cache and activations come on top."""
-        return self.total * self.bytes_per_parameter / _GIB
+    def inference_bytes(self) -> int:
+        """Bytes of the weights; the KV cache and activations come on top."""
+        return self.total * self.dtype.itemsize
 
     @property
-    def training_gib(self) -> float:
-        """GiB of float32 weights, gradients and AdamW's two moments; activations come on top."""
-        return self.total * 16 / _GIB
+    def training_bytes(self) -> int:
+        """Bytes of float32 weights, gradients and AdamW's two moments; activations come on top."""
+        return self.total * 4 * torch.float32.itemsize
+
+
+class _Sums:
+    """Parameters of one part while they are counted: those that every token uses, and those in experts."""
+
+    def __init__(self) -> None:
+        self.all = {"every": 0, "experts": 0}
+        self.matmul = {"every": 0, "experts": 0}
+
+    def part(self, name: str, sparse: bool, config: STMoEConfig) -> Part:
+        # Exact: experts are alike, so their sum is a multiple of E.
+        active, matmul = (
+            sums["every"] + sums["experts"] * config.num_experts_per_tok // config.num_experts
+            for sums in (self.all, self.matmul)
+        )
+        return Part(name, sparse, sum(self.all.values()), active, matmul)
 
 
 def count_costs(config: STMoEConfig) -> Costs:
-    """Count a mixture with its language-model head, from its config alone.
+    """Count a mixture with the head that its config names (a language model's, if none), from the config alone.
 
     Args:
         config: the mixture's config.
     """
+    classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    share = config.num_experts_per_tok / config.num_experts
-    sparse = set(config.sparse_layer_indices)
-    sums: dict[str, list[int]] = {}
+        model = (AutoModelForSequenceClassification if classifier else AutoModelForCausalLM).from_config(config)
+    sums: dict[str, _Sums] = {}
     for name, parameter in model.named_parameters():
         layer = _LAYER.search(name)
-        part = f"layer {layer[1]}" if layer else "embeddings and head"
-        size = parameter.numel()
-        active = round(size * share) if ".experts." in name else size
+        part = sums.setdefault(f"layer {layer[1]}" if layer else _OUTSIDE, _Sums())
+        kind = "experts" if ".experts." in name else "every"
+        part.all[kind] += parameter.numel()
+        if _multiplies(model, name, parameter):
+            part.matmul[kind] += parameter.numel()
+    sparse = {f"layer {index}" for index in config.sparse_layer_indices}
+    parts = tuple(part.part(name, name in sparse, config) for name, part in sums.items())
+    return Costs(parts, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+
+
+def _multiplies(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a weight of matrix products: no norm, bias or embedding."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, nn.Embedding):
         # An embedding is looked up; tied to the head, its one matrix also multiplies.
-        lookup = isinstance(_owner(model, name), nn.Embedding) and not _is_head(model, parameter)
-        matmul = 0 if parameter.ndim < 2 or lookup else active
-        for column, value in enumerate((size, active, matmul)):
-            sums.setdefault(part, [0, 0, 0])[column] += value
-    parts = tuple(Part(name, name.removeprefix("layer ") in map(str, sparse), *row) for name, row in sums.items())
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    return Costs(parts, dtype.itemsize)
-
-
-def _owner(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
-
-
-def _is_head(model: PreTrainedModel, parameter: nn.Parameter) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and getattr(head, "weight", None) is parameter
+        head = model.get_output_embeddings()
+        return head is not None and getattr(head, "weight", None) is parameter
+    # Experts stack their parameters: 3-D weights, 2-D biases.
+    return parameter.ndim == (3 if isinstance(owner, STMoEExperts) else 2)
 
 
 def cost_tables(config: STMoEConfig, costs: Costs, per_layer: bool = False) -> list[Table]:
-    """Tables of a mixture's costs, for a terminal.
+    """Tables of a mixture's costs, for a terminal of 80 columns.
 
     Args:
         config: the mixture's config.
         costs: what `count_costs` found.
         per_layer: whether to add a table with one row per layer.
     """
+    layers = f"{len(config.sparse_layer_indices)} of {config.num_hidden_layers} layers sparse"
     experts = f"{config.num_experts} experts, {config.num_experts_per_tok} per token"
-    summary = Table(title=f"{config.dense_model_type} mixture: {experts}", title_justify="left")
-    for column in ("", "value", "unit", "without"):
+    summary = Table(title=f"{config.dense_model_type} mixture: {experts}, {layers}", title_justify="left")
+    for column in ("", "value", "unit", "not counted"):
         summary.add_column(column, justify="right" if column == "value" else "left")
-    weights = f"{costs.bytes_per_parameter * 8}-bit weights"
+    dtype = str(costs.dtype).removeprefix("torch.")
     rows = (
-        ("parameters, total", f"{costs.total / 1e6:,.2f}", "million", ""),
-        ("parameters, active per token", f"{costs.active / 1e6:,.2f}", "million", ""),
-        ("sparse layers", f"{len(config.sparse_layer_indices)} of {config.num_hidden_layers}", "layers", ""),
-        ("compute, forward", f"{costs.forward_flops / 1e9:,.3f}", "GFLOP per token", "attention scores"),
-        ("compute, training", f"{costs.training_flops / 1e9:,.3f}", "GFLOP per token", "attention scores"),
-        (f"memory, inference ({weights})", f"{costs.inference_gib:,.3f}", "GiB", "KV cache, activations"),
-        ("memory, training (float32, AdamW)", f"{costs.training_gib:,.3f}", "GiB", "activations"),
+        ("parameters", *_scaled(costs.total, _COUNTS), "", ""),
+        ("active parameters", *_scaled(costs.active, _COUNTS), "per token", ""),
+        ("compute, inference", *_scaled(costs.forward_flops, _FLOPS), "per token", "attention scores"),
+        ("compute, training", *_scaled(costs.training_flops, _FLOPS), "per token", "attention scores"),
+        ("memory, inference", *_scaled(costs.inference_bytes, _BYTES), f"({dtype})", "KV cache, activations"),
+        ("memory, training", *_scaled(costs.training_bytes, _BYTES), "(float32, AdamW)", "activations"),
     )
-    for row in rows:
-        summary.add_row(*row)
+    for name, value, unit, of, without in rows:
+        summary.add_row(name, value, f"{unit} {of}".strip(), without)
     return [summary, _layer_table(costs)] if per_layer else [summary]
 
 
 def _layer_table(costs: Costs) -> Table:
-    table = Table(title="per layer", title_justify="left")
-    for column in ("part", "kind", "total, million", "active, million", "GFLOP per token"):
+    table = Table(title="per layer, and per token", title_justify="left")
+    for column in ("part", "kind", "parameters", "active", "forward"):
         table.add_column(column, justify="left" if column in ("part", "kind") else "right")
     for part in costs.parts:
-        kind = "" if not part.name.startswith("layer") else "sparse" if part.sparse else "dense"
-        numbers = (f"{part.total / 1e6:,.3f}", f"{part.active / 1e6:,.3f}", f"{2 * part.matmul / 1e9:,.4f}")
-        table.add_row(part.name, kind, *numbers)
+        kind = "" if part.name == _OUTSIDE else "sparse" if part.sparse else "dense"
+        counts = (" ".join(_scaled(count, _COUNTS)).strip() for count in (part.total, part.active))
+        table.add_row(part.name, kind, *counts, " ".join(_scaled(2 * part.matmul, _FLOPS)))
     return table
+
+
+def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> tuple[str, str]:
+    """A value in the largest unit that fits, to three significant digits, and that unit."""
+    # Rounded before the unit is chosen, or 999,999 would become 1000 thousand.
+    rounded = float(f"{value:.3g}")
+    size, name = next((unit for unit in units if rounded >= unit[0]), units[-1])
+    if size == 1:
+        return f"{value:,.0f}", name
+    scaled = value / size
+    digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
+    return f"{scaled:,.{digits}f}", name

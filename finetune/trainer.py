@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
+
+from st_moe.modeling.modeling_st_moe import STMoEPreTrainedModel
+from st_moe.modeling.outputs import STMoECausalLMOutput
+from st_moe.modeling.scope import RoutingScope, activate
 
 #: File in the output folder with one JSON object per log call, expert load included; `st-moe report` draws it.
 ROUTER_LOG = "router_log.jsonl"
@@ -31,17 +36,18 @@ class RouterMetrics:
             num_labels: int scalar, label tokens of the micro-batch.
             lm_sum: language-model loss summed over its label tokens, or None if it is not known.
         """
-        weight = num_labels.detach().double()
+        # The sums are long: float64 where the device has it.
+        weight = num_labels.detach().to(torch.float32 if num_labels.device.type == "mps" else torch.float64)
         means = {
             "balance_loss": outputs["balance_loss"],
             "router_z_loss": outputs["router_z_loss"],
             "router/entropy": outputs["router_entropy"].mean(),
             "expert_load": outputs["expert_load"],
         }
-        terms = {name: value.detach().double() * weight.to(value.device) for name, value in means.items()}
+        terms = {name: value.detach().to(weight) * weight for name, value in means.items()}
         terms["labels"] = weight
         if lm_sum is not None:
-            terms["lm_loss"] = lm_sum.detach().double()
+            terms["lm_loss"] = lm_sum.detach().to(weight)
         for name, term in terms.items():
             self.sums[name] = self.sums[name] + term if name in self.sums else term
 
@@ -94,12 +100,18 @@ class STMoETrainerMixin(_Base):
     ranks), `router/entropy` (1 uniform), `router/max_load` (largest share of a layer's assignments times E; 1 balanced)
     and `router/dead_experts` (experts without a token since the last log, over all layers). `eval_loss` is the
     language-model loss alone. The same numbers and the expert load go to `router_log.jsonl` in the output folder.
+
+    The routers' losses are part of the mixture's own loss. Where the host's label smoothing, `compute_loss_func` or the
+    head of a TRL trainer replaces that, they are added; a `compute_loss` of your own adds `outputs.aux_loss` itself.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.router_metrics = RouterMetrics()
         self.add_callback(RouterLogFile())
+        if self.label_smoother is not None and self._loss_shifts_labels:
+            self.label_smoother = _ShiftingLabelSmoother(self.label_smoother.epsilon)
+        self._head_bypassed = _adopt_patched_head(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the host does.
@@ -107,13 +119,8 @@ class STMoETrainerMixin(_Base):
         Raises:
             ValueError: when trainable weights are float16, whose gradients no loss scaler can unscale.
         """
-        half = [name for name, p in _model(self).named_parameters() if p.requires_grad and p.dtype == torch.float16]
-        if half and not self.is_deepspeed_enabled:
-            raise ValueError(
-                f"model: trainable weights must be float32 or bfloat16, got float16 ({half[0]} and {len(half) - 1} "
-                "more); float16 gradients underflow without a loss scaler, and a scaler needs float32 weights: load "
-                "with dtype=torch.float32 and set fp16=True, or use bfloat16"
-            )
+        if not self.is_deepspeed_enabled:
+            check_trainable(_model(self))
         return super().train(*args, **kwargs)
 
     def compute_loss(
@@ -124,20 +131,45 @@ class STMoETrainerMixin(_Base):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The host's loss; in training the routers' losses and loads are noted for the next log."""
+        named: dict[str, Any] = {"num_items_in_batch": num_items_in_batch}
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **named)
         labels = _target_labels(inputs, self._loss_shifts_labels)
-        replaced = self.label_smoother is not None or self.compute_loss_func is not None
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if model.training and isinstance(outputs, dict) and outputs.get("balance_loss") is not None:
-            num_labels = loss.new_tensor(1.0) if labels is None else (labels != -100).sum()
-            total = num_items_in_batch if self.model_accepts_loss_kwargs else None
-            if replaced and labels is not None:
-                # The host computed its own loss from the logits, without the model's, which carries the routers' part.
-                share = 1.0 if num_items_in_batch is None else num_labels / num_items_in_batch
-                loss = loss + (outputs["aux_loss"] * share).to(loss.dtype) * self._loss_multiplier(num_items_in_batch)
-            lm_loss = outputs.get("lm_loss")
-            lm_sum = None if lm_loss is None else lm_loss * (num_labels if total is None else total)
-            self.router_metrics.add(outputs, num_labels, lm_sum)
+        if self._head_bypassed:
+            with activate(RoutingScope()) as scope:
+                found: Any = super().compute_loss(model, inputs, return_outputs=return_outputs, **named)
+            loss, outputs = found if return_outputs else (found, None)
+            routed = STMoECausalLMOutput()
+            _mixture(self)._add_losses(routed, scope.records, 1.0)
+        else:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **named)
+            routed = outputs
+        if isinstance(routed, dict) and routed.get("balance_loss") is not None:
+            loss = self._note_routing(routed, loss, labels, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _note_routing(
+        self, routed: Any, loss: Tensor, labels: Tensor | None, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """Note a micro-batch for the next log.
+
+        Returns:
+            The loss, with the routers' part if it was made without the model's own loss, which carries it.
+        """
+        num_labels = loss.new_tensor(1.0) if labels is None else (labels != -100).sum()
+        # What a loss is divided by: the label tokens of the whole step, or those of the micro-batch.
+        total = num_labels.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        lm_loss = routed.get("lm_loss")
+        if lm_loss is not None:
+            lm_sum = lm_loss * (total if self.model_accepts_loss_kwargs else num_labels)
+        elif self._head_bypassed or self.label_smoother is not None or self.compute_loss_func is not None:
+            multiplier = self._loss_multiplier(num_items_in_batch)
+            lm_sum = loss * total / multiplier
+            loss = loss + (routed["aux_loss"] * (num_labels / total)).to(loss.device, loss.dtype) * multiplier
+        else:
+            lm_sum = None
+        self.router_metrics.add(routed, num_labels, lm_sum)
+        return loss
 
     def _loss_multiplier(self, num_items_in_batch: Tensor | int | None) -> int:
         """Factor by which the host multiplies a loss that is normalised over all ranks."""
@@ -151,21 +183,73 @@ class STMoETrainerMixin(_Base):
         if "loss" in logs and self.router_metrics.sums:
             scalars, load = self.router_metrics.reduce(self.accelerator)
             logs.update(scalars)
-            line = {"layers": _model(self).config.sparse_layer_indices, "expert_load": load}
+            line = {"layers": _mixture(self).config.sparse_layer_indices, "expert_load": load}
         super().log(logs, *args, **kwargs)
         if self.is_world_process_zero():
             line = {"step": self.state.global_step, **logs, **line}
             with (Path(str(self.args.output_dir)) / ROUTER_LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line, default=str) + "\n")
 
 
 class STMoETrainer(STMoETrainerMixin, Trainer):
     """The host's Trainer for mixtures; see `STMoETrainerMixin` for what it adds to the logs."""
 
 
+class _ShiftingLabelSmoother(LabelSmoother):
+    """The host's label smoothing of a causal language model; the host knows only its own classes for such by name."""
+
+    def __call__(
+        self, model_output: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        return super().__call__(model_output, labels, shift_labels=True, num_items_in_batch=num_items_in_batch)
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse what cannot be trained.
+
+    Raises:
+        ValueError: when trainable weights are float16, whose gradients no loss scaler can unscale.
+    """
+    half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if half:
+        raise ValueError(
+            f"model: trainable weights must be float32 or bfloat16, got float16 ({half[0]} and {len(half) - 1} more); "
+            "float16 gradients underflow without a loss scaler, and a scaler needs float32 weights: load with "
+            "dtype=torch.float32 and set fp16=True, or use bfloat16"
+        )
+
+
 def _model(trainer: Trainer) -> Any:
-    """The Trainer's model, or its base model under an adapter."""
+    """The Trainer's model, an adapter around a mixture included."""
     return trainer.model
+
+
+def _mixture(trainer: Trainer) -> Any:
+    """The mixture in the Trainer's model; None if there is none."""
+    return next((module for module in _model(trainer).modules() if isinstance(module, STMoEPreTrainedModel)), None)
+
+
+def _adopt_patched_head(trainer: Any) -> bool:
+    """Whether a trainer put its own language-model head in the place of the mixture's, as those of TRL do.
+
+    Such a head knows nothing of the routers' losses, and TRL adds a balance loss of another scale, which is switched
+    off here: the mixin adds the mixture's own.
+
+    Raises:
+        ValueError: when the trainer would compute its loss in a way that reaches no router.
+    """
+    mixture = _mixture(trainer)
+    if mixture is None or not hasattr(trainer, "aux_loss_enabled"):
+        return False
+    trainer.aux_loss_enabled = False
+    mixture.config.output_router_logits = False
+    bypassed = "forward" in vars(mixture)
+    if bypassed and (trainer.label_smoother is not None or trainer.compute_loss_func is not None):
+        raise ValueError(
+            f"args: label_smoothing_factor and compute_loss_func must not be set with {type(trainer).__name__}, whose "
+            "loss would then leave out the routers' losses; use STMoETrainer for them"
+        )
+    return bypassed
 
 
 def _target_labels(inputs: dict[str, Any], shifts: bool) -> Tensor | None:

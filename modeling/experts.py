@@ -9,7 +9,6 @@ Shape letters: T tokens, H hidden size, I expert width, E experts, K choices per
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -114,16 +113,40 @@ class STMoEExperts(nn.Module):
         return self.act_fn(gate) * up
 
 
-@lru_cache
-def _experts_class(gated: bool, bias: bool) -> type[STMoEExperts]:
-    """`STMoEExperts` under the host's dispatch, which fixes gate and bias per class."""
-    cls = type(STMoEExperts.__name__, (STMoEExperts,), {"__module__": __name__, "__doc__": STMoEExperts.__doc__})
-    return use_experts_implementation(cls, has_gate=gated, has_bias=bias)  # type: ignore[return-value]
+# The host's dispatch fixes gate and bias per class.
+
+
+@use_experts_implementation
+class GatedExperts(STMoEExperts):
+    """Gated experts without biases (Llama, Qwen, Gemma, ...)."""
+
+
+@use_experts_implementation(has_bias=True)
+class GatedBiasedExperts(STMoEExperts):
+    """Gated experts with biases (Llama with `mlp_bias`)."""
+
+
+@use_experts_implementation(has_gate=False)
+class UngatedExperts(STMoEExperts):
+    """Ungated experts without biases (Nemotron, ...)."""
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class UngatedBiasedExperts(STMoEExperts):
+    """Ungated experts with biases (GPT-2, OPT, Phi, ...)."""
+
+
+_EXPERTS_CLASSES: dict[tuple[bool, bool], type[STMoEExperts]] = {
+    (True, False): GatedExperts,
+    (True, True): GatedBiasedExperts,
+    (False, False): UngatedExperts,
+    (False, True): UngatedBiasedExperts,
+}
 
 
 def tensor_experts(config: STMoEConfig, ffn: FFNLocation) -> STMoEExperts:
     """Experts as 3-D tensors, for a dense FFN whose storage is `"tensors"`."""
-    return _experts_class(ffn.gated, ffn.bias)(config, ffn)
+    return _EXPERTS_CLASSES[ffn.gated, ffn.bias](config, ffn)
 
 
 class ModuleExperts(nn.ModuleList):

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
+from transformers.utils.output_capturing import OutputRecorder
 
 from st_moe.configuration import STMoEConfig, family_config, on_new_family
 from st_moe.modeling.modeling_st_moe import (
@@ -28,6 +29,7 @@ from st_moe.modeling.modeling_st_moe import (
     STMoEPreTrainedModel,
 )
 from st_moe.modeling.outputs import STMoEModelOutput
+from st_moe.modeling.routers import TopKRouter
 
 #: Public class, the host's map from dense config to dense class, and the Auto class that finds the family's class.
 _KINDS: tuple[tuple[type[STMoEPreTrainedModel], Any, Any], ...] = (
@@ -82,7 +84,7 @@ def _derive(
     output = getattr(public, "output_class", STMoEModelOutput)
     forward.__signature__ = _with_router_logits(signature, output)  # type: ignore[attr-defined]
     forward.__annotations__ = {**dense.forward.__annotations__, "return": output, "output_router_logits": bool | None}
-    namespace = {
+    namespace: dict[str, Any] = {
         "__module__": __name__,
         "__qualname__": f"{config_class.dense_model_type}.{public.__name__}",
         "__doc__": public.__doc__,
@@ -93,6 +95,10 @@ def _derive(
         # Guessed by the host from the source of the class's module: ask the dense class about its own.
         "_can_set_attn_implementation_cached_value": dense._can_set_attn_implementation(),
     }
+    if public is STMoEModel:
+        # For tools of the host that read what a model can record; the models themselves use the routing scope.
+        recorders = {**(dense._can_record_outputs or {}), "router_logits": OutputRecorder(TopKRouter, index=0)}
+        namespace["_can_record_outputs"] = recorders
     return type(public.__name__, (public, dense), namespace)
 
 

@@ -5,7 +5,7 @@ To add a layout: one row in `LAYOUTS`, one test. Shape letters: H hidden size, I
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -222,8 +222,13 @@ def _describe(model: nn.Module, index: int, path: str, rule: str, module: nn.Mod
 
 def _as_modules(index: int, path: str, rule: str, module: nn.Module, reason: str) -> FFNLocation:
     """A location whose experts are whole modules, if the FFN is one; a refusal otherwise."""
-    storage = "modules" if rule == "module" and not _takes_residual(module) else "none"
-    return FFNLocation(index, path, rule, module, storage=storage, reason=reason)
+    if rule != "module":
+        return FFNLocation(index, path, rule, module, reason=reason)
+    arguments = _positional_arguments(module)
+    if len(arguments) != 1:
+        reason = f"{type(module).__name__}.forward takes {', '.join(arguments)}, not the hidden states of a token alone"
+        return FFNLocation(index, path, rule, module, reason=reason)
+    return FFNLocation(index, path, rule, module, storage="modules", reason=reason)
 
 
 def _get(module: nn.Module, dotted: str) -> Any:
@@ -257,8 +262,10 @@ def _odd_parts(module: nn.Module, layout: FFNLayout) -> str:
 
 def _output_dropout(module: nn.Module) -> float:
     """Probability of the dropout that the FFN applies to its output."""
+    used = inspect.unwrap(type(module).forward).__code__.co_names
     for name in OUTPUT_DROPOUT_ATTRIBUTES:
-        value = getattr(module, name, None)
+        # Falcon's FFN carries a dropout that its decoder layer applies.
+        value = getattr(module, name, None) if name in used else None
         if isinstance(value, nn.Dropout):
             return value.p
         if isinstance(value, float):
@@ -268,10 +275,11 @@ def _output_dropout(module: nn.Module) -> float:
 
 def _takes_residual(module: nn.Module) -> bool:
     """Whether the FFN's forward asks for the residual as its second argument (Bloom, MPT)."""
-    names = list(_positional_arguments(module))
+    names = _positional_arguments(module)
     return len(names) > 1 and names[1] in ("residual", "resid")
 
 
-def _positional_arguments(module: nn.Module) -> Iterator[str]:
-    code = type(module).forward.__code__
-    return iter(code.co_varnames[1 : code.co_argcount])
+def _positional_arguments(module: nn.Module) -> list[str]:
+    """Names of the positional arguments of a module's forward."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -13,6 +13,11 @@ import torch
 from st_moe.modeling.routing import Routing
 
 
+def _real(logits: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
+    """Logits in float32 with zeros at padding, whose own values may be anything, NaN included."""
+    return logits.float().masked_fill(~token_mask.reshape(-1, 1), 0.0)
+
+
 def balance_loss(logits: torch.Tensor, first_choice: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
     """Load-balancing loss E * sum_e f_e P_e, per group and then averaged over the groups that hold tokens.
 
@@ -34,7 +39,7 @@ def balance_loss(logits: torch.Tensor, first_choice: torch.Tensor, token_mask: t
     group = torch.arange(len(mask), device=mask.device).repeat_interleave(mask.shape[1])
     counts = mask.new_zeros(len(mask) * num_experts)
     counts = counts.index_add(0, group * num_experts + first_choice, mask.flatten()).view(-1, num_experts)
-    probabilities = logits.float().softmax(dim=-1).view(*mask.shape, num_experts)
+    probabilities = _real(logits, token_mask).softmax(dim=-1).view(*mask.shape, num_experts)
     sums = (probabilities * mask[..., None]).sum(dim=1)
     per_group = num_experts * (counts * sums).sum(-1) / tokens.clamp(min=1).square()
     return per_group.sum() / (tokens > 0).sum().clamp(min=1)
@@ -51,7 +56,7 @@ def router_z_loss(logits: torch.Tensor, token_mask: torch.Tensor) -> torch.Tenso
         float32 scalar; 0 when no token is real.
     """
     mask = token_mask.flatten().float()
-    return (logits.float().logsumexp(dim=-1).square() * mask).sum() / mask.sum().clamp(min=1)
+    return (_real(logits, token_mask).logsumexp(dim=-1).square() * mask).sum() / mask.sum().clamp(min=1)
 
 
 def expert_load(routing: Routing) -> torch.Tensor:
@@ -64,7 +69,7 @@ def expert_load(routing: Routing) -> torch.Tensor:
 
 def router_entropy(routing: Routing) -> torch.Tensor:
     """Mean entropy of the router's probabilities as a fraction of ln E: float32 scalar, 1 uniform, 0 certain."""
-    log_p = routing.logits.detach().float().log_softmax(dim=-1)
+    log_p = _real(routing.logits.detach(), routing.token_mask).log_softmax(dim=-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     mask = routing.token_mask.flatten().float()
     most = math.log(max(routing.logits.shape[-1], 2))

@@ -6,6 +6,7 @@ same kind. The dense class does everything a dense model does; these swap its FF
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -44,18 +45,22 @@ class STMoEPreTrainedModel(PreTrainedModel):
 
     _can_set_experts_implementation_cached_value = True
 
-    def __new__(cls, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> STMoEPreTrainedModel:
-        """An instance of the family's class for `config`."""
+    def __new__(cls, config: PreTrainedConfig | None = None, *args: Any, **kwargs: Any) -> STMoEPreTrainedModel:
+        """An instance of the family's class for `config`; copies of an instance are made without one."""
         return super().__new__(cls._class_for(config))
 
     def __init__(self, config: STMoEConfig) -> None:
         device = torch.get_default_device()
         wanted = config._experts_implementation
+        checkpointing = getattr(config, "gradient_checkpointing", False)
         # The dense skeleton is built without memory; the parts that it would throw away never exist anywhere else.
         # It must not see the experts implementation, which a dense class refuses.
         with torch.device("meta"):
             with _experts_implementation(config, "eager"):
                 super().__init__(config)
+            if checkpointing:
+                # The dense constructor has used the flag up, on layers that are about to be replaced.
+                config.gradient_checkpointing = True
             config._experts_implementation_internal = self._check_and_adjust_experts_implementation(wanted)
             self._make_sparse(config)
         if device.type == "meta":
@@ -63,6 +68,10 @@ class STMoEPreTrainedModel(PreTrainedModel):
         self.to_empty(device=device)
         for module in self.modules():
             module._is_hf_initialized = False  # type: ignore[assignment]
+            if next(module.buffers(recurse=False), None) is not None:
+                # Buffers are constants: due even where the drawing of weights is switched off.
+                with torch.no_grad():
+                    self._init_weights(module)
         self.init_weights()
 
     def _make_sparse(self, config: STMoEConfig) -> None:
@@ -97,8 +106,24 @@ class STMoEPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """The host's choice of experts implementation, with this project's as the default."""
+        """The host's choice of experts implementation, with this project's as the default.
+
+        Raises:
+            ValueError: when the implementation is unknown, or would leave out a field of the config without a word.
+        """
+        unknown_to_host = [name for name in ("multiplicative_bias", "expert_dropout") if getattr(self.config, name)]
+        if unknown_to_host and requested_experts not in (None, "eager", EXPERTS_IMPLEMENTATION):
+            raise ValueError(
+                f"experts_implementation: must be {EXPERTS_IMPLEMENTATION!r} or 'eager' with "
+                f"{' and '.join(unknown_to_host)}, which the host's implementations do not apply, got "
+                f"{requested_experts!r}"
+            )
         return super().get_correct_experts_implementation(requested_experts or EXPERTS_IMPLEMENTATION)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For code outside of the host, it skips modules whose tensors are all loaded, and with them the constants that
+        # some models write from their top module. The dense code is the host's own and needs no such care.
+        super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -108,16 +133,6 @@ class STMoEPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
         for module in fresh:
             module.reset_parameters()
-
-    def init_parallel_plans(self) -> None:
-        """The host's plans, less the tensor-parallel rules of experts that they would shard wrongly."""
-        super().init_parallel_plans()
-        experts = [module for module in self.modules() if isinstance(module, STMoEExperts | ModuleExperts)]
-        plain = all(isinstance(e, STMoEExperts) and e.in_name == "gate_up_proj" for e in experts)
-        if plain and not any(e.has_bias or e.multiplicative_bias is not None for e in experts):
-            return
-        # Biases would be added once per rank, and ungated projections need another split: keep whole experts per rank.
-        self._tp_plan = {rule: style for rule, style in self.tp_plan.items() if ".experts" not in rule}
 
     def _set_gradient_checkpointing(  # type: ignore[override]  # every_n_layers is not in the oldest host
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
@@ -178,6 +193,28 @@ class STMoEModel(STMoEPreTrainedModel):
             install_sparse_block(self, locations[index], SparseBlock(config, locations[index]))
         self.post_init()
 
+    def init_parallel_plans(self) -> None:
+        """The host's plans, with the experts' rules as the experts at hand need them.
+
+        Expert parallelism shards every expert tensor by expert. Tensor parallelism splits the width of gated experts
+        without biases; others stay whole on every rank: their biases would be added once per rank, and an ungated
+        projection needs another split.
+        """
+        super().init_parallel_plans()
+        self._ep_plan = {}
+        whole = set()
+        for name, module in self.named_modules():
+            if isinstance(module, STMoEExperts | ModuleExperts):
+                place = re.sub(r"\.\d+\.", ".*.", name)
+                parameters = [key for key, _ in module.named_parameters(recurse=False)]
+                if parameters:
+                    self._ep_plan |= {f"{place}.{key}": "grouped_gemm" for key in parameters}
+                    self._ep_plan[place] = "ep_dispatch_experts"
+                if set(parameters) != {"gate_up_proj", "down_proj"}:
+                    whole.add(place)
+        tp_plan = self.tp_plan.items()
+        self._tp_plan = {rule: style for rule, style in tp_plan if not rule.startswith(tuple(whole) or "-")}
+
     @property
     def sparse_blocks(self) -> list[SparseBlock]:
         """The sparse blocks, in the order of the layers."""
@@ -201,6 +238,7 @@ class STMoEModel(STMoEPreTrainedModel):
         scope.token_mask = token_mask_of(kwargs.get("attention_mask"), inputs.shape[0], inputs.shape[1], inputs.device)
         with activate(scope):
             output = super().forward(**kwargs, return_dict=True)
+        output.router_logits = None
         if want_logits:
             output["router_logits"] = tuple(routing.logits for routing in scope.records)
         return output if return_dict else output.to_tuple()
@@ -228,7 +266,12 @@ class _Head(STMoEPreTrainedModel):
     def _make_sparse(self, config: STMoEConfig) -> None:
         from st_moe.modeling.families import family_of
 
-        setattr(self, self.base_model_prefix, family_of(config.dense_model_type).model_class("STMoEModel")(config))
+        base = family_of(config.dense_model_type).model_class("STMoEModel")(config)
+        for name, part in getattr(self, self.base_model_prefix)._modules.items():
+            if part is None:
+                # Some heads build their base model without a part, such as BERT's pooler.
+                base._modules[name] = None
+        setattr(self, self.base_model_prefix, base)
         self.post_init()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

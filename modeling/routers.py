@@ -73,8 +73,8 @@ class TopKRouter(nn.Module):
             asking = (routed & token_mask.reshape(-1, 1)).view(groups, length, self.top_k)
             capacity = expert_capacity(token_mask.sum(-1), capacity_factor, self.num_experts, self.min_capacity)
             kept = keep_within_capacity(index.view_as(asking), asking, capacity, self.num_experts)
-            dropped = (asking & ~kept).view_as(routed)
-            routed = kept.view_as(routed)
+            dropped = (asking & ~kept).reshape(routed.shape)
+            routed = kept.reshape(routed.shape)
         return Routing(logits, index, weight * routed, dropped, token_mask)
 
     def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,7 +36,24 @@ class RoutingScope:
             self.records.append(routing)
 
 
-_active = CompileableContextVar("st_moe_routing_scope")
+class _ScopeVariable(CompileableContextVar):
+    """The active scope: a context variable, and a plain global while compiling, which cannot trace the former."""
+
+    def set(self, value: RoutingScope) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            return self.context_var.set(value)  # type: ignore[arg-type]  # the host infers None from its default
+        outer = self.global_var if self.compiling else None
+        self.global_var, self.compiling = value, True
+        return outer
+
+    def reset(self, token: Any) -> None:
+        if self.compiling:
+            self.global_var, self.compiling = token, token is not None
+        else:
+            self.context_var.reset(token)
+
+
+_active = _ScopeVariable("st_moe_routing_scope")
 
 
 def active_scope() -> RoutingScope | None:

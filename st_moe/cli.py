@@ -58,22 +58,20 @@ def upcycle(
     """Turn a dense checkpoint into a mixture of experts, and prove that step 0 computes the same function."""
     from st_moe.conversion import upcycle_checkpoint
 
-    fields = _pairs("--set", settings)
-    if sparse_layers is not None:
-        fields["sparse_layers"] = _layers(sparse_layers)
-    upcycle_checkpoint(
-        source,
-        destination,
-        recipe=recipe,
-        recipe_options=_pairs("--recipe-option", recipe_option),
-        router_std=router_std,
-        seed=seed,
-        overwrite=overwrite,
-        num_experts=num_experts,
-        num_experts_per_tok=top_k,
-        **fields,
-    )
-    Console().print(f"written: {escape(str(destination))}")
+    own: dict[str, Any] = {
+        "source": source,
+        "destination": destination,
+        "recipe": recipe,
+        "recipe_options": _pairs("--recipe-option", recipe_option),
+        "router_std": router_std,
+        "seed": seed,
+        "overwrite": overwrite,
+        "num_experts": num_experts,
+        "num_experts_per_tok": top_k,
+        "sparse_layers": None if sparse_layers is None else _layers(sparse_layers),
+    }
+    upcycle_checkpoint(**_joined(own, settings))
+    _say(f"written: {destination}")
 
 
 @app.command(epilog="Example: st-moe finetune ./qwen3-8x --data my.jsonl --output ./out --max-steps 1000 --bf16")
@@ -81,7 +79,9 @@ def finetune(
     model: Annotated[str, typer.Argument(help="Mixture: a folder, or a name on the Hub.")],
     data: Annotated[str, typer.Option(help="jsonl file, folder of text files, or data set on the Hub.")],
     output: Annotated[Path, typer.Option(help="Folder of checkpoints, logs and the final model.")],
-    max_length: Annotated[int, typer.Option(help="Tokens per training block.")] = 512,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens per training block; 512, or fewer if the model's positions end before.")
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Optimizer steps; -1 follows --epochs.")] = -1,
     batch_size: Annotated[int, typer.Option(help="Blocks per device and forward pass.")] = 8,
@@ -97,29 +97,29 @@ def finetune(
     """Fine-tune a mixture with the Trainer, every router loss in its logs."""
     from st_moe.finetune.run import finetune as run
 
-    metrics = run(
-        model,
-        data,
-        output,
-        max_length=max_length,
-        eval_fraction=eval_fraction,
-        resume=resume,
-        **{
-            "num_train_epochs": epochs,
-            "max_steps": max_steps,
-            "per_device_train_batch_size": batch_size,
-            "per_device_eval_batch_size": batch_size,
-            "gradient_accumulation_steps": accumulate,
-            "learning_rate": learning_rate,
-            "bf16": bf16,
-            "gradient_checkpointing": checkpointing,
-            "seed": seed,
-            "logging_steps": 10,
-            **_pairs("--set", settings),
-        },
-    )
+    own: dict[str, Any] = {
+        "model": model,
+        "data": data,
+        "output": output,
+        "max_length": max_length,
+        "eval_fraction": eval_fraction,
+        "resume": resume,
+        "num_train_epochs": epochs,
+        "max_steps": max_steps,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulate,
+        "learning_rate": learning_rate,
+        "bf16": bf16,
+        "seed": seed,
+    }
+    if checkpointing:
+        own[_checkpointing_field()] = True
+    # A first line at once, so that a report can be drawn from the start.
+    defaults = {"logging_steps": 10, "logging_first_step": True}
+    metrics = run(**{**defaults, **_joined(own, settings)})
     losses = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("train_loss", "eval_loss") if name in metrics)
-    Console().print(f"{losses}; saved in {escape(str(output))}")
+    _say(f"{losses}; saved in {output}")
 
 
 @app.command(epilog="Example: st-moe inspect ./qwen3-8x --layers")
@@ -128,10 +128,12 @@ def inspect(
     layers: Annotated[bool, typer.Option("--layers", help="One row per layer.")] = False,
 ) -> None:
     """Show what a mixture costs: parameters, FLOPs per token, memory. No weights are read."""
-    from st_moe.configuration import STMoEConfig
+    from st_moe.conversion import check_checkpoint
+    from st_moe.conversion.checkpoint import mixture_config
     from st_moe.finetune.costs import cost_tables, count_costs
 
-    config = STMoEConfig.from_pretrained(model)
+    check_checkpoint(model, needs_weights=False)
+    config = mixture_config(model)
     for table in cost_tables(config, count_costs(config), per_layer=layers):
         Console().print(table)
 
@@ -146,10 +148,10 @@ def report(
     """Draw the losses and the expert load of a training."""
     from st_moe.finetune.report import draw_report, summary_table
 
-    console = Console()
-    console.print(summary_table(output))
-    for path in draw_report(output, destination):
-        console.print(f"drawn: {escape(str(path))}")
+    drawn = draw_report(output, destination)
+    Console().print(summary_table(output))
+    for path in drawn:
+        _say(f"drawn: {path}")
 
 
 @app.command(epilog="Example: st-moe demo --fast")
@@ -178,13 +180,36 @@ def _pairs(option: str, pairs: list[str] | None) -> dict[str, Any]:
     return found
 
 
+def _joined(own: dict[str, Any], settings: list[str] | None) -> dict[str, Any]:
+    """A command's own options and what `--set` gives beside them."""
+    pairs = _pairs("--set", settings)
+    twice = sorted(own.keys() & pairs.keys())
+    if twice:
+        raise ValueError(f"--set: {', '.join(twice)} has an option of its own; see --help")
+    return {**own, **pairs}
+
+
 def _layers(text: str) -> list[int] | str:
     """`"1,3,5"` as indices; other forms are checked by the config."""
-    return (
-        [int(index) for index in text.split(",")] if all(part.strip().isdecimal() for part in text.split(",")) else text
-    )
+    parts = text.split(",")
+    return [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else text
+
+
+def _checkpointing_field() -> str:
+    """Name of the training argument that turns activation checkpointing on in the installed Transformers."""
+    from transformers import TrainingArguments
+
+    name = "activation_checkpointing"
+    return name if name in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
+
+
+def _say(text: str) -> None:
+    """A line for the user, whatever the width of the terminal, so that a path in it can be copied."""
+    Console(soft_wrap=True).print(escape(text))
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(message)}")
+    # One line, whatever the message: logs and scripts read it line by line.
+    line = " ".join(message.split())
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(line)}")
     raise SystemExit(code)

@@ -73,15 +73,22 @@ def _sort_by_expert(index: Tensor, weight: Tensor, num_experts: int) -> _Runs:
     return _Runs(order, token, [0, *counts.cumsum(0).tolist()])
 
 
-def _combine(rows: Tensor, runs: _Runs, weight: Tensor) -> Tensor:
-    """Sum of each token's rows times its weights: [used, H], [T, K] -> [T, H]."""
-    if runs.used == 0:
-        return rows.new_zeros(weight.shape[0], rows.shape[1])
+def _empty_rows(runs: _Runs, like: Tensor) -> Tensor:
+    """Room for one row per assignment in a run, and a last row of zeros for all others: [used + 1, H]."""
+    rows = like.new_empty(runs.used + 1, like.shape[1])
+    rows[-1].zero_()
+    return rows
+
+
+def _combine(rows: Tensor, runs: _Runs, weight: Tensor | None, shape: torch.Size) -> Tensor:
+    """Sum of each token's rows, times its weights if given: [used + 1, H], [T, K] -> [T, H]."""
     place = torch.empty_like(runs.order)
     place[runs.order] = torch.arange(len(place), device=place.device)
-    # Unused assignments have weight 0; they read row 0, so that no uninitialised memory is ever touched.
-    place = torch.where(place < runs.used, place, 0).view_as(weight)
-    return F.embedding_bag(place, rows, mode="sum", per_sample_weights=weight.to(rows.dtype))
+    # Assignments outside of the runs read the zeros: not another token's row, whose infinity would spread as 0 * inf.
+    place = place.clamp(max=runs.used).view(shape)
+    return F.embedding_bag(
+        place, rows, mode="sum", per_sample_weights=None if weight is None else weight.to(rows.dtype)
+    )
 
 
 def _linear_out(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -184,7 +191,8 @@ def _forward(
     runs = _sort_by_expert(index, weight, len(w_in))
     parameters = ExpertParameters(w_in, w_out, b_in, b_out, scale)
     projected = hidden.new_empty(index.numel() if save else 0, w_in.shape[1])
-    rows = hidden.new_empty(runs.used, hidden.shape[1])
+    projected[runs.used :].zero_()
+    rows = _empty_rows(runs, hidden)
     for e, run in runs:
         if run.start == run.stop:
             continue
@@ -192,7 +200,7 @@ def _forward(
         kept = None if keep is None else keep[runs.order[run]]
         x = hidden.index_select(0, runs.token[run])
         _expert_forward(x, parameters.of(e), kept, activation, gated, pre=pre, out=rows[run])
-    return _combine(rows, runs, weight), projected
+    return _combine(rows, runs, weight, index.shape), projected
 
 
 @_forward.register_fake
@@ -230,7 +238,7 @@ def _backward(
         )
     )
     by_row = weight.flatten()[runs.order, None]
-    d_rows = grad.new_empty(runs.used if needs[0] else 0, hidden.shape[1])
+    d_rows = _empty_rows(runs, grad)
     d_weight = weight.new_zeros(index.numel())
     for e, run in runs:
         if run.start == run.stop:
@@ -244,7 +252,7 @@ def _backward(
         )
         if needs[0]:
             torch.mm(d_pre, w_in[e], out=d_rows[run])
-    d_hidden = _combine(d_rows, runs, (weight != 0).to(weight.dtype)) if needs[0] else hidden.new_empty(0)
+    d_hidden = _combine(d_rows, runs, None, index.shape) if needs[0] else hidden.new_empty(0)
     return [d_hidden, d_weight.view_as(weight), *gradients]  # type: ignore[list-item]
 
 

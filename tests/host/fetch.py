@@ -2,7 +2,7 @@
 
 The tests come from the source distribution that PyPI serves for exactly the installed version. They are never
 copied into the repository: the few files needed go to ``.cache/host-tests/VERSION/`` beside it, together with our own
-small stand-ins (``stubs/``) for the test helpers that the source distribution leaves out.
+small stand-ins (``stubs/``) for the tools that the source distribution leaves out.
 """
 
 import hashlib

@@ -25,7 +25,9 @@ from tests.families import (
 # With these the token mask decides what is dropped: a recomputation that has lost it computes something else.
 TIGHT = {"capacity_factor": 0.5, "min_capacity": 1, "balance_loss_coef": 0.5, "router_z_loss_coef": 0.1}
 ENABLERS = [
-    name for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable") if hasattr(PreTrainedModel, name)
+    name
+    for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable")
+    if hasattr(PreTrainedModel, name)
 ]
 
 
@@ -61,7 +63,15 @@ def test_losses_statistics_and_gradients_are_unchanged(family: str) -> None:
     inputs = batch()
     expected, actual = plain(**inputs, use_cache=False), checkpointed(**inputs, use_cache=False)
     assert expected.dropped_fraction.min() > 0
-    for name in ("loss", "lm_loss", "balance_loss", "router_z_loss", "expert_load", "router_entropy", "dropped_fraction"):
+    for name in (
+        "loss",
+        "lm_loss",
+        "balance_loss",
+        "router_z_loss",
+        "expert_load",
+        "router_entropy",
+        "dropped_fraction",
+    ):
         assert torch.equal(actual[name], expected[name]), name
     calls = router_calls(checkpointed)
     expected.loss.backward()

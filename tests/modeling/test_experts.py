@@ -4,15 +4,17 @@ Shape letters: T tokens, H hidden size, I expert width, E experts, K choices per
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
+from st_moe import STMoEConfig, STMoEForCausalLM
 from st_moe.modeling.experts import STMoEExperts
 from st_moe.modeling.kernels import activations
 from st_moe.modeling.kernels.sorted_experts import ExpertParameters, sorted_experts
@@ -482,32 +484,31 @@ def test_implementations_agree(implementation: str, gated: bool, bias: bool) -> 
     assert_agree(run(experts, data), expected(experts, data), FP32)
 
 
-def unless_refused(implementation: str, field: str, call: Callable[[], Any]) -> Any:
-    """What `call` returns; None if an implementation of the host's is refused because it cannot apply `field`."""
-    try:
-        return call()
-    except ValueError as error:
-        if implementation in OWN or field not in str(error):
-            raise
-        return None
-
-
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_no_implementation_leaves_out_the_multiplicative_bias(implementation: str, gated: bool) -> None:
-    """The host's implementations know nothing of it: they apply it with our help, or are refused."""
+@pytest.mark.parametrize("implementation", OWN)
+def test_own_implementations_apply_the_multiplicative_bias(implementation: str, gated: bool) -> None:
     experts, data = make_experts(location(8, 16, gated=gated), implementation, multiplicative_bias=True), batch()
-    actual = unless_refused(implementation, "multiplicative_bias", lambda: run(experts, data))
-    if actual is not None:
-        assert_agree(actual, expected(experts, data), FP32)
+    assert_agree(run(experts, data), expected(experts, data), FP32)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_no_implementation_leaves_out_dropout(implementation: str) -> None:
+@pytest.mark.parametrize("implementation", OWN)
+def test_own_implementations_apply_dropout(implementation: str) -> None:
     experts, data = make_experts(implementation=implementation, expert_dropout=0.5), batch()
-    outputs = unless_refused(implementation, "expert_dropout", lambda: [run(experts, data)[0] for _ in range(2)])
-    if outputs is not None:
-        assert not torch.equal(*outputs)
+    assert not torch.equal(*[run(experts, data)[0] for _ in range(2)])
+
+
+@pytest.mark.parametrize("implementation", sorted(set(IMPLEMENTATIONS) - set(OWN)))
+@pytest.mark.parametrize(("field", "value"), [("multiplicative_bias", True), ("expert_dropout", 0.5)])
+def test_the_hosts_implementations_are_refused_with_what_they_cannot_apply(
+    implementation: str, field: str, value: Any
+) -> None:
+    config = STMoEConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=8, **{field: value})
+    with torch.device("meta"):
+        model = STMoEForCausalLM(config)
+        with pytest.raises(ValueError, match=f"{field}.*got '{implementation}'"):
+            model.set_experts_implementation(implementation)
+        with pytest.raises(ValueError, match=f"{field}.*got '{implementation}'"):
+            AutoModelForCausalLM.from_config(config, experts_implementation=implementation)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -119,22 +119,18 @@ def test_gradients_equal_the_dense_model(family: str) -> None:
 
 @each_family
 def test_the_attention_mask_reaches_every_router(family: str) -> None:
-    _, sparse = pair(family)
+    sparse = copy.deepcopy(pair(family)[1])
     ids = token_ids(2, 6)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
     seen: list[Tensor] = []
-    hooks = [
+    for block in sparse_blocks(sparse):
         block.gate.register_forward_hook(lambda _module, _inputs, routing: seen.append(routing.token_mask))
-        for block in sparse_blocks(sparse)
-    ]
     for model in (sparse, sparse.base_model):
         model(input_ids=ids, attention_mask=mask)
         assert len(seen) == LAYERS
         assert all(torch.equal(token_mask, mask.bool()) for token_mask in seen)
         seen.clear()
-    for hook in hooks:
-        hook.remove()
 
 
 @each_family

@@ -71,9 +71,7 @@ def test_batched_left_padding_equals_single_prompts(family: str) -> None:
 
 def test_beam_search_scores_what_it_returns(model: Any) -> None:
     ids = token_ids(2, 6)
-    output = generate(
-        model, ids, num_beams=4, num_return_sequences=4, return_dict_in_generate=True, output_scores=True
-    )
+    output = generate(model, ids, num_beams=4, num_return_sequences=4, return_dict_in_generate=True, output_scores=True)
     scores = output.sequences_scores.view(2, 4)
     torch.testing.assert_close(scores.flatten() * NEW, score(model, output.sequences, 6), rtol=1e-4, atol=1e-4)
     assert (scores.diff(dim=1) <= 1e-6).all()

@@ -1,1 +1,1 @@
-"""Our stand-ins for helpers of the host's tests; `fetch.STUB_FILES` says which file stands in for which."""
+"""Our stand-ins for tools of the host's tests; `fetch.STUB_FILES` says which file stands in for which."""

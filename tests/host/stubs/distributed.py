@@ -1,4 +1,4 @@
-"""Stands in for the host's process helpers, which its source distribution leaves out: CPU ranks over gloo."""
+"""Stands in for the host's process tools, which its source distribution leaves out: CPU ranks over gloo."""
 
 import datetime
 import os
