@@ -100,9 +100,18 @@ def load_dense(source: str | Path) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(source)
     if isinstance(config, STMoEConfig):
         raise ValueError(f"dense: must be a dense model, but {source} already is a mixture (model_type 'st_moe')")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"dense: must not be quantised, but the config of {source} has a quantization_config")
     classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    return auto.from_pretrained(source, dtype="auto", use_safetensors=True)
+    model, found = auto.from_pretrained(source, dtype="auto", use_safetensors=True, output_loading_info=True)
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(key) for key in found.get(fault) or ())
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            kind = fault.replace("_", " ")
+            raise ValueError(f"dense: the tensors of {source} must be those of its config; {kind}: {shown}")
+    return model
 
 
 def _sparse_class(dense: PreTrainedModel) -> type[STMoEPreTrainedModel]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from st_moe.configuration import STMoEConfig
 from st_moe.modeling import losses
 from st_moe.modeling.experts import EXPERTS_IMPLEMENTATION, ModuleExperts, STMoEExperts
 from st_moe.modeling.ffn import FFNLocation, locate_ffns
-from st_moe.modeling.outputs import STMoECausalLMOutput, STMoESequenceClassifierOutput
+from st_moe.modeling.outputs import STMoECausalLMOutput, STMoEModelOutput, STMoESequenceClassifierOutput
 from st_moe.modeling.routers import TopKRouter
 from st_moe.modeling.routing import Routing
 from st_moe.modeling.scope import RoutingScope, activate, active_scope, checkpoint_in_scope, token_mask_of
@@ -105,6 +106,15 @@ class STMoEPreTrainedModel(PreTrainedModel):
             return cls.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
+    def _take_flags(self, kwargs: dict[str, Any]) -> tuple[bool, bool]:
+        """`output_router_logits` and `return_dict`, taken out of a call's arguments; the config's if not given."""
+        given = (kwargs.pop(name, None) for name in ("output_router_logits", "return_dict"))
+        logits, as_dict = given
+        return (
+            self.config.output_router_logits if logits is None else logits,
+            self.config.return_dict if as_dict is None else as_dict,
+        )
+
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """The host's choice of experts implementation, with this project's as the default.
 
@@ -143,8 +153,39 @@ class STMoEPreTrainedModel(PreTrainedModel):
                 "gradient_checkpointing_kwargs: use_reentrant must be False, got True; reentrant checkpointing cuts "
                 "the router logits off from their gradient, which silently turns the auxiliary losses off"
             )
-        function = checkpoint_in_scope(gradient_checkpointing_func)
+        function = gradient_checkpointing_func
+        if "use_reentrant" not in getattr(function, "keywords", {}):
+            function = partial(function, use_reentrant=False)
+        function = checkpoint_in_scope(function)
         super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=function, **kwargs)
+
+
+@contextmanager
+def _scope_of(inputs: dict[str, Any]) -> Iterator[RoutingScope]:
+    """The routing scope of a forward pass: the head's, if this is its base model, or a new one."""
+    tokens = inputs.get("input_ids")
+    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+    outer = active_scope()
+    if tokens is None:
+        # The dense model says what is missing.
+        mask = None
+    elif outer is not None and outer.token_mask is not None and outer.token_mask.shape == tokens.shape[:2]:
+        yield outer
+        return
+    else:
+        mask = token_mask_of(inputs.get("attention_mask"), tokens.shape[0], tokens.shape[1], tokens.device)
+    with activate(RoutingScope(mask)) as scope:
+        yield scope
+
+
+def _rebuilt(output_class: type[ModelOutput], dense: ModelOutput) -> Any:
+    """The dense model's output as one of ours, with whatever else it carries."""
+    names = output_class.__dataclass_fields__
+    output = output_class(**{name: value for name, value in dense.items() if name in names})
+    for name, value in dense.items():
+        if name not in names:
+            output[name] = value
+    return output
 
 
 def _saved_config(source: Any, kwargs: dict[str, Any]) -> STMoEConfig:
@@ -227,20 +268,12 @@ class STMoEModel(STMoEPreTrainedModel):
             output_router_logits: also return `router_logits`, float32 [B * S, E] per sparse layer.
         """
         kwargs |= dict(zip(self.positional_names, args, strict=False))
-        want_logits = kwargs.pop("output_router_logits", None)
-        want_logits = self.config.output_router_logits if want_logits is None else want_logits
-        return_dict = kwargs.pop("return_dict", None)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        outer = active_scope()
-        scope = RoutingScope() if outer is None or outer.token_mask is not None else outer
-        inputs = kwargs.get("input_ids")
-        inputs = kwargs["inputs_embeds"] if inputs is None else inputs
-        scope.token_mask = token_mask_of(kwargs.get("attention_mask"), inputs.shape[0], inputs.shape[1], inputs.device)
-        with activate(scope):
-            output = super().forward(**kwargs, return_dict=True)
-        output.router_logits = None
+        want_logits, return_dict = self._take_flags(kwargs)
+        with _scope_of(kwargs) as scope:
+            dense = super().forward(**kwargs, return_dict=True)
+        output = _rebuilt(STMoEModelOutput, dense)
         if want_logits:
-            output["router_logits"] = tuple(routing.logits for routing in scope.records)
+            output.router_logits = tuple(routing.logits for routing in scope.records)
         return output if return_dict else output.to_tuple()
 
 
@@ -267,10 +300,10 @@ class _Head(STMoEPreTrainedModel):
         from st_moe.modeling.families import family_of
 
         base = family_of(config.dense_model_type).model_class("STMoEModel")(config)
-        for name, part in getattr(self, self.base_model_prefix)._modules.items():
-            if part is None:
-                # Some heads build their base model without a part, such as BERT's pooler.
-                base._modules[name] = None
+        for name in list(base._modules):
+            # Some heads build their base model without a part, such as BERT's pooler.
+            if getattr(getattr(self, self.base_model_prefix), name, None) is None:
+                setattr(base, name, None)
         setattr(self, self.base_model_prefix, base)
         self.post_init()
 
@@ -281,15 +314,10 @@ class _Head(STMoEPreTrainedModel):
             output_router_logits: also return `router_logits`, float32 [B * S, E] per sparse layer.
         """
         kwargs |= dict(zip(self.positional_names, args, strict=False))
-        want_logits = kwargs.pop("output_router_logits", None)
-        want_logits = self.config.output_router_logits if want_logits is None else want_logits
-        return_dict = kwargs.pop("return_dict", None)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        with activate(RoutingScope()) as scope:
+        want_logits, return_dict = self._take_flags(kwargs)
+        with _scope_of(kwargs) as scope:
             dense = super().forward(**kwargs, return_dict=True)
-        output: Any = self.output_class(**{name: dense.get(name) for name in ("loss", "logits")})
-        for name, value in dense.items():
-            output[name] = value
+        output: Any = _rebuilt(self.output_class, dense)
         output.lm_loss = output.loss
         if want_logits:
             output.router_logits = tuple(routing.logits for routing in scope.records)

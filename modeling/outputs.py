@@ -19,7 +19,7 @@ class STMoEModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: [B, S, H].
         past_key_values: the dense family's cache.
-        hidden_states, attentions: as the dense family returns them.
+        hidden_states, attentions, cross_attentions: as the dense family returns them.
         router_logits: float32 [T, E] per sparse layer, when asked for with `output_router_logits`.
     """
 
@@ -27,6 +27,7 @@ class STMoEModelOutput(ModelOutput):
     past_key_values: Any | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
 
 
@@ -58,6 +59,7 @@ class _WithRouting(ModelOutput):
     past_key_values: Any | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     expert_load: torch.FloatTensor | None = None
     router_entropy: torch.FloatTensor | None = None

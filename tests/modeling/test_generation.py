@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig, pipeline
 
-from tests.families import VOCAB, mixture, tiny_tokenizer, token_ids
+from tests.families import VOCAB, dense_model, mixture, tiny_tokenizer, token_ids
 
 # Rotary, learnt, ALiBi and windowed positions; FFNs in modules, loose in the layer, with the residual inside.
 GENERATING = ("llama", "gpt2", "bloom", "opt", "gemma2", "falcon")
@@ -32,6 +32,15 @@ def generate(model: Any, ids: Tensor, **options: Any) -> Tensor:
     return model.generate(ids, **{"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, **options})
 
 
+def skip_what_the_host_cannot(family: str, options: dict[str, Any]) -> None:
+    """Older versions of the host fail with a static cache on their own dense Bloom."""
+    if family == "bloom" and options.get("cache_implementation") == "static":
+        try:
+            generate(dense_model(family), token_ids(1, 4), **options)
+        except ValueError as error:
+            pytest.skip(f"the dense model of this Transformers cannot: {error}")
+
+
 def score(model: nn.Module, sequences: Tensor, prompt: int) -> Tensor:
     """Sum of the log-probabilities of what follows the prompt: float32 [B]."""
     with torch.no_grad():
@@ -45,6 +54,7 @@ def test_greedy_equals_full_forward_passes(family: str, options: dict[str, Any])
     # Tied embeddings would make random models repeat the last token, whatever came before.
     model = mixture(family, tie_word_embeddings=False)
     ids = token_ids(2, 6)
+    skip_what_the_host_cannot(family, options)
     expected = greedy(model, ids)
     assert len(expected[:, 6:].unique()) > 2
     assert torch.equal(generate(model, ids, **options), expected)
