@@ -104,7 +104,8 @@ def load_dense(source: str | Path) -> PreTrainedModel:
         raise ValueError(f"dense: must not be quantised, but the config of {source} has a quantization_config")
     classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    model, found = auto.from_pretrained(source, dtype="auto", use_safetensors=True, output_loading_info=True)
+    loaded: Any = auto.from_pretrained(source, dtype="auto", use_safetensors=True, output_loading_info=True)
+    model, found = loaded
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(key) for key in found.get(fault) or ())
         if names:

@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from st_moe.modeling.modeling_st_moe import STMoEPreTrainedModel
 from st_moe.modeling.outputs import STMoECausalLMOutput
-from st_moe.modeling.scope import RoutingScope, activate
+from st_moe.modeling.scope import RoutingScope, activate, token_mask_of
 
 #: File in the output folder with one JSON object per log call, expert load included; `st-moe report` draws it.
 ROUTER_LOG = "router_log.jsonl"
@@ -136,11 +136,15 @@ class STMoETrainerMixin(_Base):
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **named)
         labels = _target_labels(inputs, self._loss_shifts_labels)
         if self._head_bypassed:
-            with activate(RoutingScope()) as scope:
+            tokens = inputs["input_ids"]
+            mask = token_mask_of(inputs.get("attention_mask"), *tokens.shape, tokens.device)
+            with activate(RoutingScope(mask)) as scope:
                 found: Any = super().compute_loss(model, inputs, return_outputs=return_outputs, **named)
             loss, outputs = found if return_outputs else (found, None)
             routed = STMoECausalLMOutput()
-            _mixture(self)._add_losses(routed, scope.records, 1.0)
+            mixture = _mixture(self)
+            # The first forward pass is the one that the loss is made of.
+            mixture._add_losses(routed, scope.records[: len(mixture.config.sparse_layer_indices)], 1.0)
         else:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **named)
             routed = outputs

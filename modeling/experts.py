@@ -197,10 +197,11 @@ def sorted_experts_forward(
         )
         return self.forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)  # type: ignore[attr-defined]
     parameters = self.parameters_of_all()
-    few = top_k_index.numel() <= _FEW_ASSIGNMENTS and not torch.is_grad_enabled()
     on_cpu = hidden_states.device.type == "cpu"
     # A graph captured on the CPU may be run with any number of tokens, so it must not depend on there being few.
-    if few and parameters.scale is None and not self.training and not (on_cpu and torch.compiler.is_compiling()):
+    may_differ = on_cpu and torch.compiler.is_compiling()
+    inference = not (self.training or torch.is_grad_enabled() or may_differ) and parameters.scale is None
+    if inference and top_k_index.numel() <= _FEW_ASSIGNMENTS:
         # Decoding: the host's implementations have less overhead, and batched_mm needs no sync on an accelerator.
         host = "grouped_mm" if on_cpu else "batched_mm"
         return ALL_EXPERTS_FUNCTIONS[host](self, hidden_states, top_k_index, top_k_weights)

@@ -111,8 +111,8 @@ class STMoEPreTrainedModel(PreTrainedModel):
         given = (kwargs.pop(name, None) for name in ("output_router_logits", "return_dict"))
         logits, as_dict = given
         return (
-            self.config.output_router_logits if logits is None else logits,
-            self.config.return_dict if as_dict is None else as_dict,
+            bool(self.config.output_router_logits if logits is None else logits),
+            bool(self.config.return_dict if as_dict is None else as_dict),
         )
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
@@ -180,7 +180,7 @@ def _scope_of(inputs: dict[str, Any]) -> Iterator[RoutingScope]:
 
 def _rebuilt(output_class: type[ModelOutput], dense: ModelOutput) -> Any:
     """The dense model's output as one of ours, with whatever else it carries."""
-    names = output_class.__dataclass_fields__
+    names = output_class.__dataclass_fields__  # type: ignore[attr-defined]  # every output is a dataclass
     output = output_class(**{name: value for name, value in dense.items() if name in names})
     for name, value in dense.items():
         if name not in names:
@@ -327,6 +327,11 @@ class _Head(STMoEPreTrainedModel):
 
     def _add_losses(self, output: Any, records: list[Routing], share: Tensor | float) -> None:
         """Write the routers' losses and statistics into `output`, and in training add them to its loss."""
+        if len(records) < len(self.config.sparse_layer_indices):
+            raise RuntimeError(
+                f"{len(records)} of {len(self.config.sparse_layer_indices)} sparse layers recorded their routing, so "
+                "router losses would leave some out; compile the whole model, not its layers one by one"
+            )
         sequence = self.config.balance_loss_scope == "sequence"
         per_layer: dict[str, list[Tensor]] = {"balance_loss": [], "router_z_loss": []}
         for routing in records:

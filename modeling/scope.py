@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
-from transformers.utils.output_capturing import CompileableContextVar
 
 from st_moe.modeling.routing import Routing
 
@@ -36,24 +36,36 @@ class RoutingScope:
             self.records.append(routing)
 
 
-class _ScopeVariable(CompileableContextVar):
-    """The active scope: a context variable, and a plain global while compiling, which cannot trace the former."""
+class _ScopeVariable:
+    """The active scope: a context variable, and a plain global while compiling, which cannot trace the former.
 
-    def set(self, value: RoutingScope) -> Any:
-        if not torch.compiler.is_dynamo_compiling():
-            return self.context_var.set(value)  # type: ignore[arg-type]  # the host infers None from its default
-        outer = self.global_var if self.compiling else None
-        self.global_var, self.compiling = value, True
+    A graph break leaves a compiled forward pass in the middle, so the global stays in force until it is reset.
+    """
+
+    def __init__(self) -> None:
+        self.in_context: ContextVar[RoutingScope | None] = ContextVar("st_moe_routing_scope", default=None)
+        self.while_compiling: RoutingScope | None = None
+
+    def _compiling(self) -> bool:
+        return torch.compiler.is_dynamo_compiling() or self.while_compiling is not None
+
+    def get(self) -> RoutingScope | None:
+        return self.while_compiling if self._compiling() else self.in_context.get()
+
+    def set(self, scope: RoutingScope) -> Any:
+        if not self._compiling():
+            return self.in_context.set(scope)
+        outer, self.while_compiling = self.while_compiling, scope
         return outer
 
     def reset(self, token: Any) -> None:
-        if self.compiling:
-            self.global_var, self.compiling = token, token is not None
+        if self._compiling():
+            self.while_compiling = token
         else:
-            self.context_var.reset(token)
+            self.in_context.reset(token)
 
 
-_active = _ScopeVariable("st_moe_routing_scope")
+_active = _ScopeVariable()
 
 
 def active_scope() -> RoutingScope | None:

@@ -110,10 +110,12 @@ class SparseBlock(nn.Module):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         scope = active_scope()
         mask = None if scope is None else scope.token_mask
-        if mask is None or mask.numel() != len(tokens):
+        # Sizes as shapes give them: len() would fix them in an exported program.
+        count = tokens.shape[0]
+        if mask is None or mask.numel() != count:
             # Called outside of a model's forward: every token counts, each sequence is a group.
             groups = hidden_states.shape[0] if hidden_states.ndim == 3 else 1
-            mask = torch.ones(groups, len(tokens) // max(groups, 1), dtype=torch.bool, device=tokens.device)
+            mask = torch.ones(groups, count // max(groups, 1), dtype=torch.bool, device=tokens.device)
         routing = self.gate(tokens, mask.to(tokens.device))
         if scope is not None:
             scope.record(routing)

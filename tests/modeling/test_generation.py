@@ -112,11 +112,11 @@ def test_prompt_lookup_equals_greedy(model: Any) -> None:
 
 @pytest.mark.parametrize("assistant", ["itself", "another mixture"])
 def test_assisted_decoding_equals_greedy(model: Any, assistant: str) -> None:
-    helper = mixture() if assistant == "itself" else mixture(seed=7, num_hidden_layers=1)
+    guesser = mixture() if assistant == "itself" else mixture(seed=7, num_hidden_layers=1)
     ids = token_ids(1, 6)
     calls: list[int] = []
     hook = model.register_forward_hook(lambda *_: calls.append(1))
-    actual = generate(model, ids, assistant_model=helper, max_new_tokens=12)
+    actual = generate(model, ids, assistant_model=guesser, max_new_tokens=12)
     hook.remove()
     assert torch.equal(actual, greedy(model, ids, steps=12))
     # A right guess saves a pass of the model itself.

@@ -1033,7 +1033,7 @@ def test_a_block_on_its_own_counts_every_token() -> None:
 
 
 def test_perturbed_and_sharpened_mixtures_route_differently() -> None:
-    """The helpers of these tests do what the tests lean on: experts differ and are all used."""
+    """What these tests lean on holds: experts differ and are all used."""
     model = mixture()
     output = model(token_ids(4, 16), labels=token_ids(4, 16))
     assert output.expert_load.min() > 0.02
