@@ -19,7 +19,7 @@ from st_moe.modeling.experts import STMoEExperts
 _LAYER = re.compile(r"\.(\d+)\.")
 _OUTSIDE = "embeddings and head"
 
-# Steps of a unit: the largest that leaves at least 1 before the decimal point is shown.
+# Units by size; a value is shown in the largest of which it holds one.
 _COUNTS = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1e3, "thousand"), (1, ""))
 _FLOPS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"), (1, "FLOP"))
 _BYTES = ((1024**4, "TiB"), (1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB"), (1, "bytes"))
@@ -176,9 +176,8 @@ def _layer_table(costs: Costs) -> Table:
 
 def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> tuple[str, str]:
     """A value in the largest unit that fits, to three significant digits, and that unit."""
-    # Rounded before the unit is chosen, or 999,999 would become 1000 thousand.
-    rounded = float(f"{value:.3g}")
-    size, name = next((unit for unit in units if rounded >= unit[0]), units[-1])
+    # Not from 1, or 999,999 would become 1000 thousand.
+    size, name = next((unit for unit in units if value >= 0.9995 * unit[0]), units[-1])
     if size == 1:
         return f"{value:,.0f}", name
     scaled = value / size

@@ -272,8 +272,7 @@ class STMoEModel(STMoEPreTrainedModel):
         with _scope_of(kwargs) as scope:
             dense = super().forward(**kwargs, return_dict=True)
         output = _rebuilt(STMoEModelOutput, dense)
-        if want_logits:
-            output.router_logits = tuple(routing.logits for routing in scope.records)
+        output.router_logits = tuple(routing.logits for routing in scope.records) if want_logits else None
         return output if return_dict else output.to_tuple()
 
 

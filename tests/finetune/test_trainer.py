@@ -24,7 +24,7 @@ from transformers import (
 from st_moe import STMoEForCausalLM, STMoEForSequenceClassification, STMoETrainer
 from st_moe.finetune import ROUTER_LOG, STMoETrainerMixin
 from st_moe.finetune.trainer import RouterMetrics
-from tests.families import VOCAB, dense_model, mixture, tiny_tokenizer, token_ids
+from tests.families import dense_model, mixture, tiny_tokenizer, token_ids
 
 LENGTH = 12
 BALANCE, Z = 0.5, 0.1  # large, so that a lost or multiplied auxiliary loss cannot hide
