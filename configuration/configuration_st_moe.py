@@ -216,12 +216,12 @@ class STMoEConfig(PreTrainedConfig):
         return _sparse_layer_indices(self.sparse_layers, self.num_hidden_layers)
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
+    def base_model_tp_plan(self) -> dict[str, Any] | None:
         """Tensor-parallel plan of the family's base model, with the sparse FFNs' rules in the dense FFNs' place."""
         dense = self.dense_config_class.base_model_tp_plan
         if dense is None:
             return None
-        plan = dict(dense)
+        plan = {**dense, **self.__dict__.get("_host_tp_rules", {})}
         for prefix, rules in self._ffn_rules().items():
             if len(self.sparse_layer_indices) == self.num_hidden_layers:
                 for rule in rules:
@@ -236,6 +236,18 @@ class STMoEConfig(PreTrainedConfig):
                 plan |= {f"{shared}.gate_proj": "colwise", f"{shared}.up_proj": "colwise"}
                 plan |= {f"{shared}.down_proj": "rowwise"}
         return plan
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, Any] | None) -> None:
+        # Transformers before 5.23 adds a rule for tied embeddings to every instance; what it adds is kept, not saved.
+        known = self.base_model_tp_plan or {}
+        self.__dict__["_host_tp_rules"] = {rule: style for rule, style in (plan or {}).items() if rule not in known}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The host's dictionary of what is saved."""
+        output = super().to_dict()
+        output.pop("_host_tp_rules", None)
+        return output
 
     @property
     def base_model_ep_plan(self) -> dict[str, str] | None:  # type: ignore[override]

@@ -150,7 +150,7 @@ def _copy_companions(source: str | Path, target: Path) -> None:
     loaders: tuple[Any, ...] = (AutoTokenizer, AutoProcessor)
     for loader in loaders:
         try:
-            found = loader.from_pretrained(source)
+            found = loader.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             if loader is AutoTokenizer:
                 logger.warning(f"No tokenizer in {source}, so none is written ({type(error).__name__}).")

@@ -92,7 +92,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         ValueError: when there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"model: {model} must hold its tokenizer (tokenizer.json or the like), but none could be loaded; save one "

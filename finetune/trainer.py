@@ -137,7 +137,7 @@ class STMoETrainerMixin(_Base):
         labels = _target_labels(inputs, self._loss_shifts_labels)
         if self._head_bypassed:
             tokens = inputs["input_ids"]
-            mask = token_mask_of(inputs.get("attention_mask"), *tokens.shape, tokens.device)
+            mask = token_mask_of(inputs.get("attention_mask"), tokens.shape[0], tokens.shape[1], tokens.device)
             with activate(RoutingScope(mask)) as scope:
                 found: Any = super().compute_loss(model, inputs, return_outputs=return_outputs, **named)
             loss, outputs = found if return_outputs else (found, None)
@@ -174,6 +174,11 @@ class STMoETrainerMixin(_Base):
             lm_sum = None
         self.router_metrics.add(routed, num_labels, lm_sum)
         return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the host does, but draw nothing from training's random numbers: a resumed run stays exact."""
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
 
     def _loss_multiplier(self, num_items_in_batch: Tensor | int | None) -> int:
         """Factor by which the host multiplies a loss that is normalised over all ranks."""

@@ -198,6 +198,10 @@ def _describe(model: nn.Module, index: int, path: str, rule: str, module: nn.Mod
         reason = "only some of its projections have a bias"
     elif rule == "module":
         reason = _odd_parts(module, layout)
+    elif rule == "split":
+        odd = [name for name, _ in module.get_submodule("intermediate").named_children()]
+        odd = [name for name in odd if name not in ("dense", "intermediate_act_fn")]
+        reason = f"parts beyond two projections and an activation: {', '.join(odd)}" if odd else ""
     if not reason and (not isinstance(activation, nn.Module) or any(True for _ in activation.parameters())):
         reason = f"the activation {type(activation).__name__} is not an elementwise module without parameters"
     if reason:

@@ -182,9 +182,12 @@ def _rebuilt(output_class: type[ModelOutput], dense: ModelOutput) -> Any:
     """The dense model's output as one of ours, with whatever else it carries."""
     names = output_class.__dataclass_fields__  # type: ignore[attr-defined]  # every output is a dataclass
     output = output_class(**{name: value for name, value in dense.items() if name in names})
-    for name, value in dense.items():
+    for name in {**dense.__dataclass_fields__, **dense}:  # type: ignore[attr-defined]
+        # Heads may read any field of their base model's output, those that are None too.
         if name not in names:
-            output[name] = value
+            setattr(output, name, None)
+            if dense.get(name) is not None:
+                output[name] = dense[name]
     return output
 
 

@@ -50,12 +50,12 @@ class _WithRouting(ModelOutput):
     """
 
     loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
     lm_loss: torch.FloatTensor | None = None
     balance_loss: torch.FloatTensor | None = None
     router_z_loss: torch.FloatTensor | None = None
     aux_loss: torch.FloatTensor | None = None
     aux_losses: dict[str, torch.FloatTensor] | None = None
-    logits: torch.FloatTensor | None = None
     past_key_values: Any | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None

@@ -90,13 +90,11 @@ def checkpoint_in_scope(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         scope = active_scope()
         if scope is None:
             return checkpoint(function, *args, **kwargs)
-        forward_done = False
 
         def run(*inputs: Any, **named: Any) -> Any:
-            nonlocal forward_done
-            if not forward_done:
-                forward_done = True
+            if active_scope() is scope:
                 return function(*inputs, **named)
+            # The backward pass, long after the scope was left.
             with activate(RoutingScope(scope.token_mask, recording=False)):
                 return function(*inputs, **named)
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from st_moe.modeling.kernels import activations
@@ -19,6 +21,10 @@ from tests.families import (
     token_ids,
 )
 
+old_fallback = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="older versions of the host cannot trace the backward of their own grouped_mm fallback",
+)
 FAST = {"backend": "aot_eager", "fullgraph": True}
 
 
@@ -48,7 +54,7 @@ def assert_same_step(compiled: Any, model: nn.Module, *args: Any, tolerance: flo
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", ["st_moe", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", ["st_moe", pytest.param("grouped_mm", marks=old_fallback), "batched_mm"])
 def test_compiled_step_equals_eager(name: str, train: bool) -> None:
     model = mixture(num_hidden_layers=1).train(train)
     model.set_experts_implementation(name)
