@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import is_torch_xla_available
 
 from st_moe.configuration import STMoEConfig
 from st_moe.conversion import check_checkpoint
@@ -146,10 +147,12 @@ def _arguments(out: Path, report_to: str | Sequence[str], evaluates: bool, given
             raise ValueError(f"{name}: must be at least {_AT_LEAST[name]}, got {value!r}")
     if given.get("max_steps", -1) <= 0 and not given.get("num_train_epochs", 1) > 0:
         raise ValueError(f"num_train_epochs: must be positive without max_steps, got {given['num_train_epochs']!r}")
+    accelerated = torch.accelerator.is_available() or is_torch_xla_available()
     defaults = {
         "eval_strategy": "epoch" if evaluates else "no",
-        # Without an accelerator the host's default only warns.
-        "dataloader_pin_memory": torch.accelerator.is_available(),
+        # Without an accelerator the host refuses bf16 and warns of pinned memory, unless it is told.
+        "use_cpu": not accelerated,
+        "dataloader_pin_memory": accelerated,
     }
     names = [report_to] if isinstance(report_to, str) else list(report_to)
     return TrainingArguments(output_dir=str(out), report_to=names, **{"seed": 42, **defaults, **given})

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
+from transformers.utils import logging
 
 from st_moe.modeling.modeling_st_moe import STMoEPreTrainedModel
 from st_moe.modeling.outputs import STMoECausalLMOutput
 from st_moe.modeling.scope import RoutingScope, activate, token_mask_of
+
+logger = logging.get_logger(__name__)
 
 #: File in the output folder with one JSON object per log call, expert load included; `st-moe report` draws it.
 ROUTER_LOG = "router_log.jsonl"
@@ -106,7 +109,15 @@ class STMoETrainerMixin(_Base):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        config = getattr(kwargs.get("model", args[0] if args else None), "config", None)
+        wanted = getattr(config, "balance_loss_coef", None)
         super().__init__(*args, **kwargs)
+        found = getattr(config, "balance_loss_coef", None)
+        if found != wanted:
+            logger.warning(
+                f"{type(self).__name__} set balance_loss_coef from {wanted} to {found}; its argument "
+                "router_aux_loss_coef decides, not the model's config."
+            )
         self.router_metrics = RouterMetrics()
         self.add_callback(RouterLogFile())
         if self.label_smoother is not None and self._loss_shifts_labels:

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
     for name in ("NO_COLOR", "FORCE_COLOR", "PYTHONPATH"):
         monkeypatch.delenv(name, raising=False)
     place = tmp_path / "work"
@@ -510,9 +511,9 @@ def test_a_mistake_is_one_line_and_writes_nothing(files: Path, st_moe: Callable[
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("upcycle", "dense", "new", "--bogus"), "No such option: --bogus"),
+        (("upcycle", "dense", "new", "--bogus"), "No such option.*--bogus"),
         (("upcycle", "dense"), "Missing argument"),
-        (("upcycle", "dense", "new", "--num-experts", "many"), "'many' is not a valid integer"),
+        (("upcycle", "dense", "new", "--num-experts", "many"), "Invalid value for '--num-experts'"),
         (("finetune", "moe"), "Missing option"),
         (("nonsense",), "No such command 'nonsense'"),
     ],
@@ -523,7 +524,7 @@ def test_mistakes_of_usage(
     before = snapshot(files)
     result = st_moe(*arguments)
     assert result.code == 2
-    assert message in result.err
+    assert re.search(message, result.err)
     assert result.out == ""
     assert CliRunner().invoke(cli.app, list(arguments)).exit_code == 2
     assert snapshot(files) == before
@@ -579,10 +580,3 @@ def test_checkpointing_is_asked_for_by_its_present_name() -> None:
     assert name in TrainingArguments.__dataclass_fields__
     others = {"activation_checkpointing", "gradient_checkpointing"} - {name}
     assert name == "activation_checkpointing" or not others & TrainingArguments.__dataclass_fields__.keys()
-
-
-@pytest.fixture(autouse=True)
-def plain_console(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No colours, wherever the tests run."""
-    monkeypatch.setenv("TERM", "dumb")
-    yield

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import (
 
 from st_moe import STMoEForCausalLM, STMoEForSequenceClassification, STMoETrainer
 from st_moe.finetune import ROUTER_LOG, STMoETrainerMixin
+from st_moe.finetune import trainer as trainer_module
 from st_moe.finetune.trainer import RouterMetrics
 from tests.families import dense_model, mixture, tiny_tokenizer, token_ids
 
@@ -779,6 +781,7 @@ def sft_trainer(output: Path, rows: list[dict[str, Any]], model: Any = None, **a
         "per_device_eval_batch_size": 4,
         "logging_steps": 1,
         "save_strategy": "no",
+        "router_aux_loss_coef": BALANCE,
         CHECKPOINTING: False,
     }
     return Mixed(
@@ -812,6 +815,24 @@ def test_sft_trainer_trains_like_ours(tmp_path: Path, size: int, accumulate: int
     theirs.eval_dataset = theirs.train_dataset
     ours.eval_dataset = ours.train_dataset
     assert theirs.evaluate()["eval_loss"] == pytest.approx(ours.evaluate()["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_sft_trainer_that_changes_a_coefficient_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(trainer_module.logger, "propagate", True)
+    trainer = sft_trainer(tmp_path / "a", blocks(), router_aux_loss_coef=0.25)
+    assert f"set balance_loss_coef from {BALANCE} to 0.25" in caplog.text
+    trainer.train()
+    log = training_logs(trainer)[0]
+    parts = log["lm_loss"] + 0.25 * log["balance_loss"] + Z * log["router_z_loss"]
+    assert log["loss"] == pytest.approx(parts, rel=1e-5)
+    caplog.clear()
+    sft_trainer(tmp_path / "b", blocks(), router_aux_loss_coef=BALANCE)
+    assert "balance_loss_coef" not in caplog.text
 
 
 @pytest.mark.slow
