@@ -4,6 +4,7 @@ Shape letters: T tokens, H hidden size, I expert width, E experts, K choices per
 """
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -549,3 +550,21 @@ def test_parameters_and_their_first_values() -> None:
     plain = make_experts(location(8, 12, gated=False), moe_intermediate_size=20)
     shapes = {name: tuple(p.shape) for name, p in plain.named_parameters()}
     assert shapes == {"up_proj": (4, 20, 8), "down_proj": (4, 8, 20)}
+
+
+def test_copying_the_transposed_operand_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large bfloat16 weights take another way to the same product."""
+    gradients = []
+    for large in (2**40, 0):
+        monkeypatch.setattr(sys.modules["st_moe.modeling.kernels.sorted_experts"], "_LARGE_WEIGHT", large)
+        torch.manual_seed(0)
+        hidden = torch.randn(12, 8, dtype=torch.bfloat16)
+        index = torch.randint(0, 3, (12, 2))
+        weights = [torch.randn(shape, dtype=torch.bfloat16).requires_grad_() for shape in ((3, 20, 8), (3, 8, 10))]
+        name = activations.activation_name(nn.SiLU())
+        assert name is not None
+        output = sorted_experts(hidden, index, torch.rand(12, 2), ExpertParameters(*weights), name, True)
+        gradients.append(torch.autograd.grad(output.float().square().sum(), weights))
+    for direct, copied in zip(*gradients, strict=True):
+        assert direct.abs().max() > 0
+        torch.testing.assert_close(copied, direct, rtol=2e-2, atol=2e-2 * direct.abs().max().item())
