@@ -62,6 +62,8 @@ def _in_process_group(
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
     )
+    # A rank that fails at once must not leave another one in the middle of connecting, which would fail for that alone.
+    dist.barrier()
     try:
         function(rank, *args)
     finally:
