@@ -634,6 +634,8 @@ def test_tensor_parallel_plan(family: str) -> None:
     part = STMoEConfig.from_dense(tiny_config(family), num_experts=4, sparse_layers=[1]).base_model_tp_plan
     assert whole is not None
     assert part is not None
+    for plan in (whole, part):
+        plan.pop("embed_tokens", None)  # Transformers before 5.23 writes this rule for tied embeddings
     experts = {
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",
