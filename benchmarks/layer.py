@@ -10,13 +10,9 @@ Shape letters: T tokens, H hidden size, I expert width, E experts, K choices per
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
-import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,6 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from benchmarks.measure import interleaved, peak_mib, setting
 from st_moe import STMoEConfig, locate_ffns
 from st_moe.modeling.experts import tensor_experts
 
@@ -99,7 +96,7 @@ def build(case: Case, dtype: torch.dtype, name: str) -> nn.Module:
         return experts.to(dtype)
     with torch.device("meta"):
         ffn = locate_ffns(transformers.LlamaForCausalLM(config.dense_config()))[0]
-    experts = tensor_experts(config, ffn).to(dtype)
+    experts = tensor_experts(config, ffn, config.num_experts).to(dtype)
     config._experts_implementation = name
     return experts
 
@@ -135,14 +132,6 @@ PASSES: dict[str, Callable[[nn.Module, tuple[Tensor, Tensor, Tensor]], None]] = 
 }
 
 
-def cpu_seconds(run: Callable[[], None], repeats: int) -> float:
-    """CPU time of one call, averaged over `repeats`."""
-    start = time.process_time()
-    for _ in range(repeats):
-        run()
-    return (time.process_time() - start) / repeats
-
-
 def measure(case: Case, dtype: torch.dtype, step: str, rounds: int) -> dict[str, float]:
     """Median CPU milliseconds per implementation, measured in interleaved rounds."""
     arguments = inputs(case, dtype)
@@ -150,14 +139,7 @@ def measure(case: Case, dtype: torch.dtype, step: str, rounds: int) -> dict[str,
     for name in ("dense", *IMPLEMENTATIONS):
         module = build(case, dtype, name)
         runs[name] = lambda module=module: PASSES[step](module, arguments)
-    # Short calls are repeated until one sample takes about 50 ms, or the clock's grain would show.
-    repeats = {name: max(1, int(0.05 / max(cpu_seconds(run, 2), 1e-6))) for name, run in runs.items()}
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds):
-        names = list(runs)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            samples[name].append(cpu_seconds(runs[name], repeats[name]))
-    return {name: 1e3 * statistics.median(values) for name, values in samples.items()}
+    return interleaved(runs, rounds)
 
 
 def peak_growth(case: Case, dtype: str, step: str, name: str) -> float:
@@ -173,15 +155,9 @@ def child(case_name: str, dtype: str, step: str, name: str) -> None:
     module, arguments = build(case, DTYPES[dtype], name), inputs(case, DTYPES[dtype])
     small = Case("warm-up", 16, 16, 2, 1, 4)
     PASSES[step](build(small, DTYPES[dtype], name), inputs(small, DTYPES[dtype]))
-    before = _peak_mib()
+    before = peak_mib()
     PASSES[step](module, arguments)
-    print(_peak_mib() - before)
-
-
-def _peak_mib() -> float:
-    # getrusage would start from the peak of the process that started this one; the kernel's own mark starts anew.
-    with open("/proc/self/status", encoding="utf-8") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2**10
+    print(peak_mib() - before)
 
 
 def main() -> None:
@@ -220,17 +196,7 @@ def main() -> None:
             table.add_row(case.name, dtype, step, *cells)
     console = Console(width=160)
     console.print(table)
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    console.print(f"{datetime.date.today()}; {versions}; {_cpu()}, 1 thread; seed 0")
-
-
-def _cpu() -> str:
-    """Name of this machine's processor."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    console.print(setting())
 
 
 if __name__ == "__main__":

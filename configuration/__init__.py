@@ -3,17 +3,19 @@
 from st_moe.configuration.configuration_st_moe import (
     FFN_ATTRIBUTES,
     MIXTURE_FIELDS,
-    ROUTER_TYPES,
     STMoEConfig,
     dense_model_types,
     family_config,
     on_new_family,
 )
+from st_moe.configuration.routers import LOSSES, ROUTER_TYPES, RouterType
 
 __all__ = [
     "FFN_ATTRIBUTES",
+    "LOSSES",
     "MIXTURE_FIELDS",
     "ROUTER_TYPES",
+    "RouterType",
     "STMoEConfig",
     "dense_model_types",
     "family_config",

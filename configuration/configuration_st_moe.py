@@ -8,26 +8,27 @@ is checked by the family's own rules and generic code finds each field under the
 import dataclasses
 import difflib
 import importlib.metadata
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from packaging.version import InvalidVersion, Version
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging
+
+from st_moe.configuration.routers import ROUTER_TYPES
+from st_moe.configuration.rules import layer_sizes, rule_faults, sparse_layer_indices
 
 logger = logging.get_logger(__name__)
 
 #: Names under which decoder layers hold their feed-forward network as one child module.
 FFN_ATTRIBUTES = ("mlp", "feed_forward", "ffn", "mlp_block")
-
-#: Values of `router_type`, and where the router's class is: the registry of routers.
-ROUTER_TYPES: dict[str, str] = {
-    "top_k": "st_moe.modeling.routers.TopKRouter",
-}
 
 SecondExpertPolicy = Literal["all", "none", "threshold", "random"]
 
@@ -71,8 +72,8 @@ class STMoEConfig(PreTrainedConfig):
 
     Args:
         dense_model_type: `model_type` of the dense family (`"llama"`, `"qwen3"`, `"gpt2"`, ...).
-        num_experts: E, experts per sparse layer.
-        num_experts_per_tok: K, experts that each token is routed to.
+        num_experts: E, experts per sparse layer; a list gives every sparse layer its own number.
+        num_experts_per_tok: K, experts that each token is routed to; a list as for `num_experts`.
         sparse_layers: which layers are sparse: None (all), a list of layer indices, `"every:k"` (the last of each
             group of k: layers k-1, 2k-1, ...) or `"last:k"` (the last k layers).
         moe_intermediate_size: I, width of one expert; None takes the width of the dense FFN.
@@ -82,17 +83,43 @@ class STMoEConfig(PreTrainedConfig):
         second_expert_policy_train, second_expert_policy_eval: which choices after the first are used (ST-MoE):
             `"all"`, `"none"`, `"threshold"` (weight > threshold) or `"random"` (with probability weight / threshold).
         second_expert_threshold: the threshold of that policy, one value or one per rank from the second choice on.
-        router_jitter_noise: e >= 0; in training the router (not the experts) reads inputs times U[1-e, 1+e].
-        capacity_factor, eval_capacity_factor: an expert takes at most floor(tokens of the sequence * factor / E)
-            assignments, the rest is dropped; None drops nothing. Capacity with K >= 2 is not causal.
-        min_capacity: least capacity of an expert, in assignments per sequence.
+        router_jitter_noise: e >= 0; in training the choice (not the experts) reads inputs times U[1-e, 1+e].
+        router_gumbel_noise, router_gaussian_noise: scale of Gumbel / normal noise that the choice reads on top of the
+            router logits, in training.
+        allow_non_causal_routing: let a causal language model have a router that sees later tokens.
+        capacity_factor, eval_capacity_factor: an expert takes at most floor(tokens of the scope * factor / E)
+            assignments, the rest is dropped; None drops nothing. Capacity with K >= 2 is not causal. With
+            `"expert_choice"`, the tokens that an expert takes; None is a factor of K.
+        min_capacity: least capacity of an expert, in assignments per scope.
+        capacity_scope: tokens that share an expert's capacity: `"sequence"`, `"batch"` or `"group"`.
+        capacity_group_size: consecutive tokens of the batch that are one group, in tokens.
+        drop_priority: who is served first, `"position"` (left to right) or `"router_prob"` (largest first-choice
+            probability first: batch-prioritised routing, which is not causal).
+        renormalize_after_drop: whether a token's remaining combine weights are divided by their sum (GShard).
         balance_loss_coef: coefficient of the load-balancing loss (first-choice count: 1 balanced, E collapsed).
         balance_loss_scope: tokens over which balance is asked for, `"batch"` or `"sequence"`.
+        balance_loss_count: which choices it counts, `"first"` or `"all"` (1 balanced, E/K collapsed).
+        balance_loss_after_drop: whether it counts only what capacity accepted.
         router_z_loss_coef: coefficient of the router z-loss.
+        sequence_balance_loss_coef, second_place_loss_coef, importance_loss_coef, load_loss_coef, diversity_loss_coef,
+            simplicity_loss_coef, top_any_balance_loss_coef, efficiency_loss_coef, depth_loss_coef: coefficients of
+            losses that some routers have; None takes the router's default, see `ROUTER_TYPES`.
+        straight_through: `"top_any"`: experts whose threshold gets a gradient from a token, `"all"` or `"active"`.
+        fallback: `"top_any"`: where a token goes that no expert wants, to the `"best"` or to `"none"`.
+        initial_experts: `"top_any"`: experts in use at first; None is all.
+        n_group, topk_group: `"sigmoid_top_k"`: groups of experts, and how many of them a token may use.
+        routed_scaling_factor: `"sigmoid_top_k"`: what the combine weights sum to.
+        bias_update_rate: `"sigmoid_top_k"`: step of the selection bias per optimizer step (loss-free balancing).
+        coordinate_descent_iterations, coordinate_descent_epsilon, coordinate_descent_k_ratio: of
+            `"coordinate_descent"`: steps, temperature, and experts aimed at as a multiple of K.
+        slots_per_expert: `"soft"`: slots that each expert processes per sequence.
+        depth_fraction: `"mixture_of_depths"`: share of a sequence's tokens that should pass the layer.
+        hash_by: `"hash"`: what decides, the `"token"` id or the `"position"`.
         expert_dropout: dropout on the hidden activation of the experts.
         multiplicative_bias: whether experts scale their hidden activation with a learnt vector (ST-MoE, appendix C).
         ffn_before, ffn_after: an extra dense FFN with own norm and residual before / after each sparse FFN.
         num_shared_experts: experts that every token passes, as one FFN of that many times the expert width.
+        shared_expert_gate: whether their output is scaled by a learnt sigmoid per token (Qwen2-MoE).
         output_router_logits: whether outputs carry the router logits of each sparse layer.
         initializer_range: standard deviation of the router's (and a fresh expert's) initial weights.
 
@@ -120,8 +147,8 @@ class STMoEConfig(PreTrainedConfig):
     dense_config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
 
     dense_model_type: str = "llama"
-    num_experts: int = 8
-    num_experts_per_tok: int = 2
+    num_experts: int | list[int] | tuple[int, ...] = 8
+    num_experts_per_tok: int | list[int] | tuple[int, ...] = 2
     sparse_layers: list[int] | tuple[int, ...] | str | None = None
     moe_intermediate_size: int | None = None
     router_type: str = "top_k"
@@ -130,17 +157,49 @@ class STMoEConfig(PreTrainedConfig):
     second_expert_policy_eval: SecondExpertPolicy = "all"
     second_expert_threshold: float | int | list[float] | tuple[float, ...] = 0.2
     router_jitter_noise: float | int = 0.0
+    router_gumbel_noise: float | int = 0.0
+    router_gaussian_noise: float | int = 0.0
+    allow_non_causal_routing: bool = False
     capacity_factor: float | int | None = None
     eval_capacity_factor: float | int | None = None
     min_capacity: int = 4
+    capacity_scope: Literal["sequence", "batch", "group"] = "sequence"
+    capacity_group_size: int = 1024
+    drop_priority: Literal["position", "router_prob"] = "position"
+    renormalize_after_drop: bool = False
     balance_loss_coef: float | int = 1e-2
     balance_loss_scope: Literal["batch", "sequence"] = "batch"
+    balance_loss_count: Literal["first", "all"] = "first"
+    balance_loss_after_drop: bool = False
     router_z_loss_coef: float | int = 1e-3
+    sequence_balance_loss_coef: float | int | None = None
+    second_place_loss_coef: float | int | None = None
+    importance_loss_coef: float | int | None = None
+    load_loss_coef: float | int | None = None
+    diversity_loss_coef: float | int | None = None
+    simplicity_loss_coef: float | int | None = None
+    top_any_balance_loss_coef: float | int | None = None
+    efficiency_loss_coef: float | int | None = None
+    depth_loss_coef: float | int | None = None
+    straight_through: Literal["all", "active"] = "all"
+    fallback: Literal["best", "none"] = "best"
+    initial_experts: int | None = None
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float | int = 1.0
+    bias_update_rate: float | int = 1e-3
+    coordinate_descent_iterations: int = 20
+    coordinate_descent_epsilon: float | int = 0.1
+    coordinate_descent_k_ratio: float | int = 1.125
+    slots_per_expert: int = 1
+    depth_fraction: float | int = 0.125
+    hash_by: Literal["token", "position"] = "token"
     expert_dropout: float | int = 0.0
     multiplicative_bias: bool = False
     ffn_before: bool = False
     ffn_after: bool = False
     num_shared_experts: int = 0
+    shared_expert_gate: bool = False
     output_router_logits: bool = False
     initializer_range: float | int = 0.02
     st_moe_version: str | None = None
@@ -213,7 +272,27 @@ class STMoEConfig(PreTrainedConfig):
     @property
     def sparse_layer_indices(self) -> list[int]:
         """Indices of the sparse layers, ascending."""
-        return _sparse_layer_indices(self.sparse_layers, self.num_hidden_layers)
+        return sparse_layer_indices(self.sparse_layers, self.num_hidden_layers)
+
+    @property
+    def layer_sizes(self) -> list[tuple[int, int]]:
+        """Number of experts and of choices per token, (E, K), of each sparse layer."""
+        return layer_sizes(vars(self), len(self.sparse_layer_indices))
+
+    @property
+    def loss_coefficients(self) -> dict[str, float]:
+        """Coefficient of each auxiliary loss that the router has, by the loss's name."""
+        given = {name: getattr(self, f"{name}_coef") for name in ROUTER_TYPES[self.router_type].losses}
+        defaults = ROUTER_TYPES[self.router_type].losses
+        return {name: defaults[name] if value is None else value for name, value in given.items()}
+
+    @property
+    def combine_weights_sum_to_one(self) -> bool:
+        """Whether each token's combine weights sum to 1 in evaluation: then copies of an FFN compute what it did."""
+        policy = self.second_expert_policy_eval == "all" or all(choices == 1 for _, choices in self.layer_sizes)
+        all_kept = self.eval_capacity_factor is None and policy
+        scaled = self.norm_topk_prob and self.routed_scaling_factor == 1
+        return ROUTER_TYPES[self.router_type].keeps_function and all_kept and scaled
 
     @property
     def base_model_tp_plan(self) -> dict[str, Any] | None:
@@ -276,12 +355,16 @@ class STMoEConfig(PreTrainedConfig):
         total = sum(parameter.numel() for parameter in model.parameters())
         if not active:
             return total
-        in_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-        return total - in_experts + in_experts * self.num_experts_per_tok // self.num_experts
+        for (experts, choices), block in zip(self.layer_sizes, model.base_model.sparse_blocks, strict=True):
+            in_experts = sum(parameter.numel() for parameter in block.experts.parameters())
+            # Exact: experts are alike, so their sum is a multiple of E.
+            total -= in_experts - in_experts * choices // experts
+        return total
 
     def validate_mixture(self) -> None:
         """Part of the host's strict validation, run at construction and at save time."""
-        faults = _rule_faults({name: getattr(self, name) for name in MIXTURE_FIELDS}, self.num_hidden_layers)
+        values = {name: getattr(self, name) for name in MIXTURE_FIELDS}
+        faults = rule_faults(values, _defaults(), self.num_hidden_layers, type(self)._is_causal(vars(self)))
         if faults:
             raise ValueError("; ".join(faults))
 
@@ -316,7 +399,15 @@ class STMoEConfig(PreTrainedConfig):
             values[name] = value
         layers_name = cls.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         num_layers = kwargs.get("num_hidden_layers", kwargs.get(layers_name, getattr(cls, layers_name, None)))
-        return faults + _rule_faults(values, num_layers if isinstance(num_layers, int) else None)
+        layers = num_layers if isinstance(num_layers, int) else None
+        return faults + rule_faults(values, _defaults(), layers, cls._is_causal(kwargs))
+
+    @classmethod
+    def _is_causal(cls, values: Mapping[str, Any]) -> bool:
+        """Whether the family is a causal language model: a decoder, or an encoder switched to be one."""
+        both = MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        decoder = cls.dense_model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and cls.dense_model_type not in both
+        return decoder or bool(values.get("is_decoder"))
 
     def _ffn_rules(self) -> dict[str, list[str]]:
         """Rules of the dense plan that shard FFNs, by the FFN's place (`layers.*.mlp`)."""
@@ -358,65 +449,9 @@ def _nearest_field(name: str, cls: type[STMoEConfig]) -> str | None:
     return near[0] if near else None
 
 
-def _sparse_layer_indices(sparse_layers: Sequence[int] | str | None, num_layers: int) -> list[int]:
-    """Indices that a valid `sparse_layers` stands for, among `num_layers` layers."""
-    if sparse_layers is None:
-        return list(range(num_layers))
-    if isinstance(sparse_layers, str):
-        kind, _, count = sparse_layers.partition(":")
-        step = int(count)
-        return list(range(step - 1, num_layers, step) if kind == "every" else range(num_layers - step, num_layers))
-    return sorted(sparse_layers)
-
-
-def _sparse_layers_fault(sparse_layers: Any, num_layers: int) -> str | None:
-    """What is wrong with `sparse_layers` for a model of `num_layers` layers, or None."""
-    rule = f"must be None, 'every:k', 'last:k' or distinct layer indices that fit {num_layers} layers"
-    if sparse_layers is None:
-        return None
-    if isinstance(sparse_layers, str):
-        kind, _, count = sparse_layers.partition(":")
-        valid = kind in ("every", "last") and count.isdecimal() and 1 <= int(count) <= num_layers
-    else:
-        distinct = set(sparse_layers)
-        valid = bool(distinct) and len(distinct) == len(sparse_layers) and distinct <= set(range(num_layers))
-    return None if valid else f"sparse_layers: {rule}, got {sparse_layers!r}"
-
-
-def _rule_faults(values: Mapping[str, Any], num_layers: int | None) -> list[str]:
-    """Broken rules among the well-typed `values` of the mixture's fields; a missing value breaks no rule."""
-    faults = []
-
-    def check(name: str, rule: str, holds: Callable[[Any], bool]) -> None:
-        if values.get(name) is not None and not holds(values[name]):
-            faults.append(f"{name}: {rule}, got {values[name]!r}")
-
-    check("num_experts", "must be at least 1", lambda v: v >= 1)
-    experts = values.get("num_experts", math.inf)
-    if experts >= 1:
-        check("num_experts_per_tok", f"must be between 1 and num_experts={experts}", lambda v: 1 <= v <= experts)
-    if num_layers is not None and num_layers < 1:
-        faults.append(f"num_hidden_layers: must be at least 1, got {num_layers}")
-    check("moe_intermediate_size", "must be positive or None", lambda v: v >= 1)
-    nearest = difflib.get_close_matches(str(values.get("router_type")), list(ROUTER_TYPES), n=1)
-    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-    check("router_type", f"must be one of {', '.join(ROUTER_TYPES)}{hint}", lambda v: v in ROUTER_TYPES)
-    check("router_jitter_noise", "must be in [0, 1)", lambda v: 0 <= v < 1)
-    check("expert_dropout", "must be in [0, 1)", lambda v: 0 <= v < 1)
-    for name in ("capacity_factor", "eval_capacity_factor"):
-        check(name, "must be positive and finite, or None for dropless", lambda v: 0 < v < math.inf)
-    check("min_capacity", "must be at least 1", lambda v: v >= 1)
-    for name in ("balance_loss_coef", "router_z_loss_coef", "initializer_range"):
-        check(name, "must be finite and not negative", lambda v: 0 <= v < math.inf)
-    check("num_shared_experts", "must not be negative", lambda v: v >= 0)
-    ranks = max(values.get("num_experts_per_tok", 1) - 1, 1)
-    check(
-        "second_expert_threshold",
-        f"must be in [0, 1], one value or {ranks} (one per rank from the second choice on)",
-        lambda v: all(0 <= t <= 1 for t in v) and len(v) == ranks if isinstance(v, list | tuple) else 0 <= v <= 1,
-    )
-    fault = _sparse_layers_fault(values.get("sparse_layers"), num_layers) if num_layers else None
-    return faults + ([fault] if fault else [])
+def _defaults() -> dict[str, Any]:
+    """Defaults of the mixture's fields."""
+    return {name: getattr(STMoEConfig, name) for name in MIXTURE_FIELDS}
 
 
 _NEW_FAMILY_LISTENERS: list[Callable[[type[STMoEConfig]], None]] = []

@@ -47,8 +47,13 @@ def dense_config(source: str | Path) -> PreTrainedConfig:
     model_type = _saved_config(source).get("model_type")
     if model_type == STMoEConfig.model_type:
         raise ValueError(f"source: must be a dense model, but {source} already is a mixture (model_type 'st_moe')")
+    if not model_type or not isinstance(model_type, str):
+        raise ValueError(
+            f"source: model_type in {source} must be one of Transformers', got {model_type!r}; "
+            "write the family of the weights into config.json, such as 'llama'"
+        )
     if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1)
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"source: model_type in {source} must be one of Transformers', got {model_type!r}{hint}")
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)

@@ -19,7 +19,7 @@ from st_moe.configuration import MIXTURE_FIELDS, STMoEConfig, family_config
 from st_moe.configuration.configuration_st_moe import installed_version
 from st_moe.conversion.checkpoint import check_checkpoint, dense_config
 from st_moe.conversion.proof import IdentityProof
-from st_moe.conversion.recipes import FFNTensors, check_recipe
+from st_moe.conversion.recipes import try_recipe
 from st_moe.conversion.upcycle import upcycle
 from st_moe.modeling import locate_ffns
 
@@ -103,11 +103,7 @@ def _rehearse(
     for name in fields.keys() - known:
         near = difflib.get_close_matches(name, sorted(known), n=1)
         raise ValueError(f"{name}: is not a field of the mixture" + (f"; did you mean {near[0]!r}?" if near else ""))
-    tiny = FFNTensors(torch.zeros(4, 2), torch.zeros(2, 4))
-    try:
-        check_recipe(recipe, options).function(tiny, 1, torch.Generator(), **options)
-    except TypeError as error:
-        raise ValueError(f"recipe_options: must be numbers, got {dict(options)} ({error})") from None
+    try_recipe(recipe, options)
     config = dense_config(source)
     family_config(config.model_type)
     with torch.device("meta"):
@@ -167,6 +163,7 @@ def _copy_companions(source: str | Path, target: Path) -> None:
 
 def _model_card(source: str | Path, config: STMoEConfig, recipe: str, seed: int, proof: IdentityProof | None) -> str:
     """Model card in the Hub's format."""
+    experts, choices = (", ".join(map(str, dict.fromkeys(sizes))) for sizes in zip(*config.layer_sizes, strict=True))
     total, active = (config.num_parameters(active=active) for active in (False, True))
     local = Path(source).exists()
     parent = Path(source).resolve().name if local else str(source)
@@ -182,7 +179,7 @@ tags: [st_moe, mixture-of-experts, upcycled]
 | | |
 |---|---|
 | dense family | {config.dense_model_type} |
-| experts per sparse layer | {config.num_experts}, of which {config.num_experts_per_tok} per token |
+| experts per sparse layer | {experts}, of which {choices} per token |
 | sparse layers | {len(config.sparse_layer_indices)} of {config.num_hidden_layers} |
 | parameters | {total:,}, of which {active:,} active per token |
 | recipe | `{recipe}`, seed {seed} |

@@ -54,6 +54,8 @@ def prove_identity(
 ) -> IdentityProof:
     """Compare a mixture with its dense parent on the same tokens, both in evaluation mode.
 
+    Sequence classifiers without a pad token run one sequence at a time.
+
     Args:
         dense: the dense model.
         sparse: the mixture.
@@ -65,10 +67,7 @@ def prove_identity(
     """
     ids, mask = _tokens(dense, inputs, tokenizer)
     with _evaluating(dense), _evaluating(sparse), torch.no_grad():
-        ours, theirs = (
-            model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits.float().cpu()
-            for model in (sparse, dense)
-        )
+        ours, theirs = (_logits(model, ids, mask) for model in (sparse, dense))
     if theirs.ndim == 3:
         ours_loss, theirs_loss = (_next_token_loss(logits, ids, mask) for logits in (ours, theirs))
         ours, theirs = ours[mask.bool()], theirs[mask.bool()]
@@ -83,6 +82,17 @@ def prove_identity(
         num_tokens=int(mask.sum()),
         tolerance=TOLERANCES.get(dtype, _TOLERANCE_BFLOAT16),
     )
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits in float32 on the CPU: [B, S, vocabulary], or of a classifier [B, labels]."""
+    batches = [(ids, mask)]
+    classifier = type(model).__name__.endswith("ForSequenceClassification")
+    if classifier and model.config.get_text_config().pad_token_id is None:
+        # Transformers then cannot tell where a sequence ends, and takes only one at a time, without padding.
+        batches = [(row[None, real], real[None, real].to(mask)) for row, real in zip(ids, mask.bool(), strict=True)]
+    logits = [model(input_ids=i.to(model.device), attention_mask=m.to(model.device)).logits for i, m in batches]
+    return torch.cat(logits).float().cpu()
 
 
 def _tokens(

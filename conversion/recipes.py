@@ -7,12 +7,14 @@ Shape letters: H hidden size, I FFN width, E experts, P = 2 if gated (gate first
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from st_moe.configuration import STMoEConfig
 from st_moe.modeling.ffn import FFNLocation
 
 
@@ -32,6 +34,22 @@ class FFNTensors(NamedTuple):
     b_out: Tensor | None = None
 
 
+class LayerTensors(NamedTuple):
+    """What a recipe makes of one layer.
+
+    Attributes:
+        experts: weights of all E experts, each with a leading E.
+        shared: weights of the FFN that every token passes, without a leading E; None where the config has none, or
+            where it should start as one that adds nothing.
+        router: int64 [E], for each expert the number of the router row that it gets, so that experts with the same
+            number share one; None gives each expert its own.
+    """
+
+    experts: FFNTensors
+    shared: FFNTensors | None = None
+    router: Tensor | None = None
+
+
 def read_ffn(ffn: FFNLocation) -> FFNTensors:
     """Weights of a located FFN in the experts' layout, whatever the layout of the dense model.
 
@@ -47,31 +65,38 @@ def read_ffn(ffn: FFNLocation) -> FFNTensors:
     return FFNTensors(w_in, weights[-1], biases[0] if len(biases) == 2 else torch.cat(biases[:-1]), biases[-1])
 
 
-def copy(dense: FFNTensors, num_experts: int, generator: torch.Generator) -> FFNTensors:
+def copy(sources: Sequence[FFNTensors], num_experts: int, generator: torch.Generator) -> LayerTensors:
     """Every expert is the dense FFN: step 0 computes the dense function (Komatsuzaki et al. 2022)."""
-    return FFNTensors(*(_repeat(tensor, num_experts) for tensor in dense))  # type: ignore[arg-type]
+    return LayerTensors(_copies(sources[0], num_experts))
 
 
 def noise(
-    dense: FFNTensors, num_experts: int, generator: torch.Generator, *, scale: float = 0.02, fraction: float = 0.5
-) -> FFNTensors:
+    sources: Sequence[FFNTensors],
+    num_experts: int,
+    generator: torch.Generator,
+    *,
+    scale: float = 0.02,
+    fraction: float = 0.5,
+) -> LayerTensors:
     """Copies, with N(0, scale^2) added to a random fraction of the weights of each expert (random noise upcycling).
 
     Raises:
-        ValueError: when scale is negative or fraction outside [0, 1].
+        ValueError: when scale is negative or not finite, or fraction outside [0, 1].
     """
-    _check("scale", scale, scale >= 0, "must not be negative")
-    _check("fraction", fraction, 0 <= fraction <= 1, "must be in [0, 1]")
-    experts = copy(dense, num_experts, generator)
+    scale = _number("scale", scale, "must be finite and not negative", most=torch.finfo(torch.float32).max)
+    fraction = _number("fraction", fraction, "must be in [0, 1]", most=1)
+    experts = _copies(sources[0], num_experts)
     for weight in experts[:2]:
         for expert in weight:
             draw = torch.randn(expert.shape, generator=generator) * scale
             chosen = torch.rand(expert.shape, generator=generator) < fraction
             expert += (draw * chosen).to(expert)
-    return experts
+    return LayerTensors(experts)
 
 
-def drop(dense: FFNTensors, num_experts: int, generator: torch.Generator, *, ratio: float = 0.5) -> FFNTensors:
+def drop(
+    sources: Sequence[FFNTensors], num_experts: int, generator: torch.Generator, *, ratio: float = 0.5
+) -> LayerTensors:
     """Drop-Upcycling: per expert, a random set of floor(ratio * I) neurons is drawn anew (Nakamura et al. 2025).
 
     One set of neurons is shared by gate, up and down; their weights are drawn from a normal distribution with the mean
@@ -80,33 +105,69 @@ def drop(dense: FFNTensors, num_experts: int, generator: torch.Generator, *, rat
     Raises:
         ValueError: when ratio is outside [0, 1].
     """
-    _check("ratio", ratio, 0 <= ratio <= 1, "must be in [0, 1]")
-    experts = copy(dense, num_experts, generator)
-    width = dense.w_out.shape[1]
+    ratio = _number("ratio", ratio, "must be in [0, 1]", most=1)
+    experts = _copies(sources[0], num_experts)
+    width = sources[0].w_out.shape[1]
     count = int(ratio * width)
     if count == 0:
-        return experts
+        return LayerTensors(experts)
     for w_in, w_out in zip(experts.w_in, experts.w_out, strict=True):
         neurons = torch.randperm(width, generator=generator)[:count].to(w_in.device)
         for matrix in (*w_in.split(width), w_out.t()):
             replaced = matrix[neurons].float()
             draw = torch.randn(replaced.shape, generator=generator).to(replaced)
             matrix[neurons] = (replaced.mean() + replaced.std() * draw).to(matrix)
-    return experts
+    return LayerTensors(experts)
 
 
 class Recipe(NamedTuple):
-    """A row of `RECIPES`: the function, and whether step 0 computes the dense function when weights sum to 1."""
+    """A row of `RECIPES`.
 
-    function: Callable[..., FFNTensors]
-    keeps_function: bool
+    Attributes:
+        function: takes the source models' FFNs of one layer, the number of experts, a generator and the options.
+        keeps_function: whether step 0 is sure to compute the dense function, given the options and the mixture's
+            config; what else happens to keep it, only the proof can say.
+        fields: the fields of the mixture's config that follow from the options, the fields given, and the width of
+            the dense FFN in neurons; ValueError when these do not go together.
+    """
+
+    function: Callable[..., LayerTensors]
+    keeps_function: Callable[[Mapping[str, Any], STMoEConfig], bool]
+    fields: Callable[[Mapping[str, Any], Mapping[str, Any], int], dict[str, Any]]
+
+    def make(
+        self,
+        sources: Sequence[FFNTensors],
+        num_experts: int,
+        num_experts_per_tok: int,
+        generator: torch.Generator,
+        options: Mapping[str, Any],
+    ) -> LayerTensors:
+        """Call the function for one layer; those that scale by the number of choices are told it."""
+        told = {_CHOICES: num_experts_per_tok} if _CHOICES in inspect.signature(self.function).parameters else {}
+        return self.function(sources, num_experts, generator, **told, **options)
+
+
+def _keeps_width(options: Mapping[str, Any], fields: Mapping[str, Any], width: int) -> dict[str, Any]:
+    return {}
+
+
+def _of_copies(options: Mapping[str, Any], config: STMoEConfig) -> bool:
+    return config.combine_weights_sum_to_one
+
+
+def _never(options: Mapping[str, Any], config: STMoEConfig) -> bool:
+    return False
 
 
 RECIPES: dict[str, Recipe] = {
-    "copy": Recipe(copy, keeps_function=True),
-    "noise": Recipe(noise, keeps_function=False),
-    "drop": Recipe(drop, keeps_function=False),
+    "copy": Recipe(copy, _of_copies, _keeps_width),
+    "noise": Recipe(noise, _never, _keeps_width),
+    "drop": Recipe(drop, _never, _keeps_width),
 }
+
+# The keyword by which a recipe's function asks for the number of choices per token; no option of the user's.
+_CHOICES = "num_experts_per_tok"
 
 
 def check_recipe(name: str, options: Mapping[str, Any]) -> Recipe:
@@ -119,17 +180,45 @@ def check_recipe(name: str, options: Mapping[str, Any]) -> Recipe:
         raise ValueError(f"recipe: must be one of {', '.join(RECIPES)}, got {name!r}")
     recipe = RECIPES[name]
     parameters = inspect.signature(recipe.function).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    unknown = sorted(set(options) - set(known))
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != _CHOICES]
+    unknown = sorted(str(option) for option in options if option not in known)
     if unknown:
         raise ValueError(f"recipe_options: {name!r} takes {', '.join(known) or 'no options'}, got {', '.join(unknown)}")
     return recipe
 
 
-def _repeat(tensor: Tensor | None, num_experts: int) -> Tensor | None:
-    return None if tensor is None else tensor.unsqueeze(0).repeat(num_experts, *(1,) * tensor.ndim)
+def try_recipe(name: str, options: Mapping[str, Any]) -> Recipe:
+    """The recipe of that name, once it has made an expert of a tiny FFN with these options.
+
+    So a faulty option shows before anything large is read or built.
+
+    Raises:
+        ValueError: when the name, an option or its value is at fault.
+    """
+    recipe = check_recipe(name, options)
+    recipe.make([FFNTensors(torch.zeros(4, 2), torch.zeros(2, 4))], 1, 1, torch.Generator(), options)
+    return recipe
 
 
-def _check(name: str, value: float, holds: bool, rule: str) -> None:
-    if not holds:
+def _copies(ffn: FFNTensors, count: int) -> FFNTensors:
+    """That many copies of an FFN, stacked."""
+    return _each(ffn, lambda tensor: tensor.unsqueeze(0).repeat(count, *(1,) * tensor.ndim))
+
+
+def _each(ffn: FFNTensors, function: Callable[[Tensor], Tensor]) -> FFNTensors:
+    """An FFN with a function applied to the tensors that it has."""
+    return FFNTensors(*(None if tensor is None else function(tensor) for tensor in ffn))  # type: ignore[arg-type]
+
+
+def _number(name: str, value: Any, rule: str, most: float) -> float:
+    """An option's value as a float.
+
+    Raises:
+        ValueError: when it is not a real number (a bool is none) in [0, most]; the message says `rule`.
+    """
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not real:
+        raise ValueError(f"recipe_options: {name} must be a real number, got {value!r}")
+    if not 0 <= value <= most:  # NaN is in no range
         raise ValueError(f"recipe_options: {name} {rule}, got {value!r}")
+    return float(value)

@@ -94,13 +94,12 @@ class _Sums:
         self.all = {"every": 0, "experts": 0}
         self.matmul = {"every": 0, "experts": 0}
 
-    def part(self, name: str, sparse: bool, config: STMoEConfig) -> Part:
+    def part(self, name: str, size: tuple[int, int] | None) -> Part:
+        """The part of that name; `size` is a sparse layer's E and K."""
+        experts, choices = size or (1, 1)
         # Exact: experts are alike, so their sum is a multiple of E.
-        active, matmul = (
-            sums["every"] + sums["experts"] * config.num_experts_per_tok // config.num_experts
-            for sums in (self.all, self.matmul)
-        )
-        return Part(name, sparse, sum(self.all.values()), active, matmul)
+        active, matmul = (sums["every"] + sums["experts"] * choices // experts for sums in (self.all, self.matmul))
+        return Part(name, size is not None, sum(self.all.values()), active, matmul)
 
 
 def count_costs(config: STMoEConfig) -> Costs:
@@ -120,8 +119,9 @@ def count_costs(config: STMoEConfig) -> Costs:
         part.all[kind] += parameter.numel()
         if _multiplies(model, name, parameter):
             part.matmul[kind] += parameter.numel()
-    sparse = {f"layer {index}" for index in config.sparse_layer_indices}
-    parts = tuple(part.part(name, name in sparse, config) for name, part in sums.items())
+    names = (f"layer {index}" for index in config.sparse_layer_indices)
+    sizes = dict(zip(names, config.layer_sizes, strict=True))
+    parts = tuple(part.part(name, sizes.get(name)) for name, part in sums.items())
     return Costs(parts, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
 
 
@@ -145,8 +145,9 @@ def cost_tables(config: STMoEConfig, costs: Costs, per_layer: bool = False) -> l
         per_layer: whether to add a table with one row per layer.
     """
     layers = f"{len(config.sparse_layer_indices)} of {config.num_hidden_layers} layers sparse"
-    experts = f"{config.num_experts} experts, {config.num_experts_per_tok} per token"
-    summary = Table(title=f"{config.dense_model_type} mixture: {experts}, {layers}", title_justify="left")
+    experts, choices = (", ".join(map(str, dict.fromkeys(sizes))) for sizes in zip(*config.layer_sizes, strict=True))
+    title = f"{config.dense_model_type} mixture: {experts} experts, {choices} per token, {layers}"
+    summary = Table(title=title, title_justify="left")
     for column in ("", "value", "unit", "not counted"):
         summary.add_column(column, justify="right" if column == "value" else "left")
     dtype = str(costs.dtype).removeprefix("torch.")

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from st_moe.modeling.modeling_st_moe import STMoEPreTrainedModel
 from st_moe.modeling.outputs import STMoECausalLMOutput
-from st_moe.modeling.scope import RoutingScope, activate, token_mask_of
+from st_moe.modeling.routing.scope import RoutingScope, activate, token_mask_of
 
 logger = logging.get_logger(__name__)
 
@@ -42,8 +42,7 @@ class RouterMetrics:
         # The sums are long: float64 where the device has it.
         weight = num_labels.detach().to(torch.float32 if num_labels.device.type == "mps" else torch.float64)
         means = {
-            "balance_loss": outputs["balance_loss"],
-            "router_z_loss": outputs["router_z_loss"],
+            **outputs["aux_losses"],
             "router/entropy": outputs["router_entropy"].mean(),
             "expert_load": outputs["expert_load"],
         }
@@ -54,8 +53,12 @@ class RouterMetrics:
         for name, term in terms.items():
             self.sums[name] = self.sums[name] + term if name in self.sums else term
 
-    def reduce(self, accelerator: Any) -> tuple[dict[str, float], list[list[float]]]:
+    def reduce(self, accelerator: Any, num_experts: list[int]) -> tuple[dict[str, float], list[list[float]]]:
         """Means over all ranks since the last call, which start anew.
+
+        Args:
+            accelerator: the Trainer's.
+            num_experts: E of each sparse layer.
 
         Returns:
             The scalars by name, and the expert load [L][E], each row summing to 1.
@@ -64,11 +67,11 @@ class RouterMetrics:
         self.sums = {}
         labels = sums.pop("labels").clamp(min=1)
         means = {name: total / labels for name, total in sums.items()}
-        load = means.pop("expert_load")
+        load = [row[:count] for row, count in zip(means.pop("expert_load").tolist(), num_experts, strict=True)]
         scalars = {name: mean.item() for name, mean in means.items()}
-        scalars["router/max_load"] = (load.max() * load.shape[-1]).item()
-        scalars["router/dead_experts"] = float((load == 0).sum().item())
-        return scalars, load.tolist()
+        scalars["router/max_load"] = max(max(row) * len(row) for row in load)
+        scalars["router/dead_experts"] = float(sum(row.count(0.0) for row in load))
+        return scalars, load
 
 
 class RouterLogFile(TrainerCallback):
@@ -88,6 +91,20 @@ class RouterLogFile(TrainerCallback):
                     kept.append(line + "\n")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(kept), encoding="utf-8")
+
+
+class RouterBiasUpdate(TrainerCallback):
+    """Moves the selection biases after steps of an optimizer that torch does not see; else they have moved by now."""
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A step that was skipped for its infinite gradients is none.
+        if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+            return
+        for module in kwargs["model"].modules():
+            if isinstance(module, STMoEPreTrainedModel):
+                module.update_router_bias()
 
 
 if TYPE_CHECKING:
@@ -120,6 +137,7 @@ class STMoETrainerMixin(_Base):
             )
         self.router_metrics = RouterMetrics()
         self.add_callback(RouterLogFile())
+        self.add_callback(RouterBiasUpdate())
         if self.label_smoother is not None and self._loss_shifts_labels:
             self.label_smoother = _ShiftingLabelSmoother(self.label_smoother.epsilon)
         self._head_bypassed = _adopt_patched_head(self)
@@ -149,17 +167,15 @@ class STMoETrainerMixin(_Base):
         if self._head_bypassed:
             tokens = inputs["input_ids"]
             mask = token_mask_of(inputs.get("attention_mask"), tokens.shape[0], tokens.shape[1], tokens.device)
-            with activate(RoutingScope(mask)) as scope:
+            with activate(RoutingScope(mask, tokens, with_losses=True)) as scope:
                 found: Any = super().compute_loss(model, inputs, return_outputs=return_outputs, **named)
             loss, outputs = found if return_outputs else (found, None)
             routed = STMoECausalLMOutput()
-            mixture = _mixture(self)
-            # The first forward pass is the one that the loss is made of.
-            mixture._add_losses(routed, scope.records[: len(mixture.config.sparse_layer_indices)], 1.0)
+            _mixture(self)._add_losses(routed, scope, 1.0)
         else:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **named)
             routed = outputs
-        if isinstance(routed, dict) and routed.get("balance_loss") is not None:
+        if isinstance(routed, dict) and routed.get("aux_losses") is not None:
             loss = self._note_routing(routed, loss, labels, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
@@ -201,9 +217,11 @@ class STMoETrainerMixin(_Base):
         """Log as the host does, with the routers' numbers beside the training loss."""
         line: dict[str, Any] = {}
         if "loss" in logs and self.router_metrics.sums:
-            scalars, load = self.router_metrics.reduce(self.accelerator)
+            config = _mixture(self).config
+            sizes = [experts for experts, _ in config.layer_sizes]
+            scalars, load = self.router_metrics.reduce(self.accelerator, sizes)
             logs.update(scalars)
-            line = {"layers": _mixture(self).config.sparse_layer_indices, "expert_load": load}
+            line = {"layers": config.sparse_layer_indices, "expert_load": load}
         super().log(logs, *args, **kwargs)
         if self.is_world_process_zero():
             line = {"step": self.state.global_step, **logs, **line}

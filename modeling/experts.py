@@ -40,11 +40,12 @@ class STMoEExperts(nn.Module):
     Args:
         config: the mixture's fields.
         ffn: the dense FFN that the experts stand in for.
+        num_experts: E.
     """
 
-    def __init__(self, config: STMoEConfig, ffn: FFNLocation) -> None:
+    def __init__(self, config: STMoEConfig, ffn: FFNLocation, num_experts: int) -> None:
         super().__init__()
-        self.num_experts = config.num_experts
+        self.num_experts = num_experts
         self.hidden_size = ffn.hidden_size
         self.intermediate_size = config.moe_intermediate_size or ffn.intermediate_size
         self.initializer_range = config.initializer_range
@@ -144,9 +145,9 @@ _EXPERTS_CLASSES: dict[tuple[bool, bool], type[STMoEExperts]] = {
 }
 
 
-def tensor_experts(config: STMoEConfig, ffn: FFNLocation) -> STMoEExperts:
+def tensor_experts(config: STMoEConfig, ffn: FFNLocation, num_experts: int) -> STMoEExperts:
     """Experts as 3-D tensors, for a dense FFN whose storage is `"tensors"`."""
-    return _EXPERTS_CLASSES[ffn.gated, ffn.bias](config, ffn)
+    return _EXPERTS_CLASSES[ffn.gated, ffn.bias](config, ffn, num_experts)
 
 
 class ModuleExperts(nn.ModuleList):
@@ -155,9 +156,10 @@ class ModuleExperts(nn.ModuleList):
     Args:
         config: the mixture's fields.
         ffn: the dense FFN; every expert is a copy of its module.
+        num_experts: E.
     """
 
-    def __init__(self, config: STMoEConfig, ffn: FFNLocation) -> None:
+    def __init__(self, config: STMoEConfig, ffn: FFNLocation, num_experts: int) -> None:
         unsupported = {
             "moe_intermediate_size": config.moe_intermediate_size is not None,
             "multiplicative_bias": config.multiplicative_bias,
@@ -169,8 +171,8 @@ class ModuleExperts(nn.ModuleList):
                 f"{', '.join(faults)}: cannot be applied to {type(ffn.module).__name__} ({ffn.reason}), whose experts "
                 "are held as whole modules; leave these fields at their defaults for this family"
             )
-        super().__init__(copy.deepcopy(ffn.module) for _ in range(config.num_experts))
-        self.num_experts = config.num_experts
+        super().__init__(copy.deepcopy(ffn.module) for _ in range(num_experts))
+        self.num_experts = num_experts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum over each token's experts; shapes as in `STMoEExperts.forward`."""

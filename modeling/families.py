@@ -29,7 +29,7 @@ from st_moe.modeling.modeling_st_moe import (
     STMoEPreTrainedModel,
 )
 from st_moe.modeling.outputs import STMoEModelOutput
-from st_moe.modeling.routers import TopKRouter
+from st_moe.modeling.routing import Router
 
 #: Public class, the host's map from dense config to dense class, and the Auto class that finds the family's class.
 _KINDS: tuple[tuple[type[STMoEPreTrainedModel], Any, Any], ...] = (
@@ -97,7 +97,7 @@ def _derive(
     }
     if public is STMoEModel:
         # For tools of the host that read what a model can record; the models themselves use the routing scope.
-        recorders = {**(dense._can_record_outputs or {}), "router_logits": OutputRecorder(TopKRouter, index=0)}
+        recorders = {**(dense._can_record_outputs or {}), "router_logits": OutputRecorder(Router, index=0)}
         namespace["_can_record_outputs"] = recorders
     return type(public.__name__, (public, dense), namespace)
 

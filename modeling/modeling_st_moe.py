@@ -19,19 +19,27 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from st_moe.configuration import STMoEConfig
-from st_moe.modeling import losses
+from st_moe.configuration import ROUTER_TYPES, STMoEConfig
 from st_moe.modeling.experts import EXPERTS_IMPLEMENTATION, ModuleExperts, STMoEExperts
 from st_moe.modeling.ffn import FFNLocation, locate_ffns
 from st_moe.modeling.outputs import STMoECausalLMOutput, STMoEModelOutput, STMoESequenceClassifierOutput
-from st_moe.modeling.routers import TopKRouter
-from st_moe.modeling.routing import Routing
-from st_moe.modeling.scope import RoutingScope, activate, active_scope, checkpoint_in_scope, token_mask_of
+from st_moe.modeling.pruning import pruned
+from st_moe.modeling.routing import Router, losses
+from st_moe.modeling.routing.scope import (
+    RoutingScope,
+    activate,
+    active_scope,
+    checkpoint_in_scope,
+    positions_of,
+    token_mask_of,
+)
+from st_moe.modeling.routing.sigmoid_top_k import SigmoidTopKRouter, update_biases
 from st_moe.modeling.sparse_block import DenseFFN, SparseBlock
+from st_moe.modeling.step_hooks import update_after_steps
 
 logger = logging.get_logger(__name__)
 
-_OWN_INITIALISATION = (TopKRouter, STMoEExperts, DenseFFN)
+_OWN_INITIALISATION = (Router, STMoEExperts, DenseFFN)
 
 
 class STMoEPreTrainedModel(PreTrainedModel):
@@ -51,6 +59,8 @@ class STMoEPreTrainedModel(PreTrainedModel):
         return super().__new__(cls._class_for(config))
 
     def __init__(self, config: STMoEConfig) -> None:
+        # A config may have been changed since it was made.
+        config.validate_mixture()
         device = torch.get_default_device()
         wanted = config._experts_implementation
         checkpointing = getattr(config, "gradient_checkpointing", False)
@@ -64,6 +74,7 @@ class STMoEPreTrainedModel(PreTrainedModel):
                 config.gradient_checkpointing = True
             config._experts_implementation_internal = self._check_and_adjust_experts_implementation(wanted)
             self._make_sparse(config)
+        self._follow_optimizers()
         if device.type == "meta":
             return
         self.to_empty(device=device)
@@ -74,6 +85,26 @@ class STMoEPreTrainedModel(PreTrainedModel):
                 with torch.no_grad():
                     self._init_weights(module)
         self.init_weights()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Copies and unpickled models are made without a call of the constructor.
+        super().__setstate__(state)
+        self._follow_optimizers()
+
+    def _follow_optimizers(self) -> None:
+        """Have `update_router_bias` called after optimizer steps, if there is such a bias."""
+        if "bias_update_rate" in ROUTER_TYPES[self.config.router_type].options:
+            update_after_steps(self)
+
+    def update_router_bias(self) -> None:
+        """Move each router's selection bias by its experts' load since the last call (loss-free balancing).
+
+        Due after each optimizer step, on every rank. Steps of torch's optimizers do it themselves; only a training loop
+        whose optimizer is none of them (DeepSpeed's engine) has to call this. A second call changes nothing. Routers
+        without such a bias stay as they are. The step is `config.bias_update_rate` of the moment.
+        """
+        routers = [module for module in self.modules() if isinstance(module, SigmoidTopKRouter)]
+        update_biases(routers, self.config.bias_update_rate)
 
     def _make_sparse(self, config: STMoEConfig) -> None:
         """Put the sparse parts in place and refresh what the host collects from submodules."""
@@ -144,6 +175,17 @@ class STMoEPreTrainedModel(PreTrainedModel):
         for module in fresh:
             module.reset_parameters()
 
+    def prune_experts(self) -> Any:
+        """A new, smaller model of the same class with the same outputs, without the experts that are out of use.
+
+        For `router_type="top_any"`, after `st_moe.finetune.AdaptiveExperts`. Without inactive experts it is an equal
+        copy. This model is left as it is.
+
+        Raises:
+            ValueError: when the router is another, or a capacity factor is set.
+        """
+        return pruned(self)
+
     def _set_gradient_checkpointing(  # type: ignore[override]  # every_n_layers is not in the oldest host
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
     ) -> None:
@@ -161,20 +203,24 @@ class STMoEPreTrainedModel(PreTrainedModel):
 
 
 @contextmanager
-def _scope_of(inputs: dict[str, Any]) -> Iterator[RoutingScope]:
+def _scope_of(inputs: dict[str, Any], with_losses: bool = False) -> Iterator[RoutingScope]:
     """The routing scope of a forward pass: the head's, if this is its base model, or a new one."""
-    tokens = inputs.get("input_ids")
-    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+    ids = inputs.get("input_ids")
+    tokens = inputs.get("inputs_embeds") if ids is None else ids
     outer = active_scope()
     if tokens is None:
         # The dense model says what is missing.
-        mask = None
+        scope = RoutingScope(with_losses=with_losses)
     elif outer is not None and outer.token_mask is not None and outer.token_mask.shape == tokens.shape[:2]:
         yield outer
         return
     else:
-        mask = token_mask_of(inputs.get("attention_mask"), tokens.shape[0], tokens.shape[1], tokens.device)
-    with activate(RoutingScope(mask)) as scope:
+        given, past = inputs.get("attention_mask"), inputs.get("past_key_values")
+        mask = token_mask_of(given, tokens.shape[0], tokens.shape[1], tokens.device)
+        past_length = past.get_seq_length() if hasattr(past, "get_seq_length") else 0
+        positions = positions_of(given, inputs.get("position_ids"), past_length, mask)
+        scope = RoutingScope(mask, ids, positions, with_losses)
+    with activate(scope):
         yield scope
 
 
@@ -231,10 +277,10 @@ class STMoEModel(STMoEPreTrainedModel):
 
     def _make_sparse(self, config: STMoEConfig) -> None:
         locations = locate_ffns(self)
-        for index in config.sparse_layer_indices:
+        for position, index in enumerate(config.sparse_layer_indices):
             if locations[index].storage == "none":
                 raise ValueError(f"sparse_layers: {locations[index].describe()}")
-            install_sparse_block(self, locations[index], SparseBlock(config, locations[index]))
+            install_sparse_block(self, locations[index], SparseBlock(config, locations[index], position))
         self.post_init()
 
     def init_parallel_plans(self) -> None:
@@ -317,40 +363,41 @@ class _Head(STMoEPreTrainedModel):
         """
         kwargs |= dict(zip(self.positional_names, args, strict=False))
         want_logits, return_dict = self._take_flags(kwargs)
-        with _scope_of(kwargs) as scope:
+        with_losses = self.training or kwargs.get("labels") is not None or want_logits
+        with _scope_of(kwargs, with_losses) as scope:
             dense = super().forward(**kwargs, return_dict=True)
         output: Any = _rebuilt(self.output_class, dense)
         output.lm_loss = output.loss
         if want_logits:
             output.router_logits = tuple(routing.logits for routing in scope.records)
-        if self.training or kwargs.get("labels") is not None or want_logits:
-            self._add_losses(output, scope.records, self._loss_share(kwargs))
+        if with_losses:
+            self._add_losses(output, scope, self._loss_share(kwargs))
         return output if return_dict else output.to_tuple()
 
-    def _add_losses(self, output: Any, records: list[Routing], share: Tensor | float) -> None:
+    def _add_losses(self, output: Any, scope: RoutingScope, share: Tensor | float) -> None:
         """Write the routers' losses and statistics into `output`, and in training add them to its loss."""
-        if len(records) < len(self.config.sparse_layer_indices):
+        layers = len(self.config.sparse_layer_indices)
+        if len(scope.records) < layers:
             raise RuntimeError(
-                f"{len(records)} of {len(self.config.sparse_layer_indices)} sparse layers recorded their routing, so "
-                "router losses would leave some out; compile the whole model, not its layers one by one"
+                f"{len(scope.records)} of {layers} sparse layers recorded their routing, so router losses would leave "
+                "some out; compile the whole model, not its layers one by one"
             )
-        sequence = self.config.balance_loss_scope == "sequence"
-        per_layer: dict[str, list[Tensor]] = {"balance_loss": [], "router_z_loss": []}
-        for routing in records:
-            mask = routing.token_mask
-            groups = mask if sequence else mask.reshape(1, -1)
-            per_layer["balance_loss"].append(losses.balance_loss(routing.logits, routing.index[:, 0], groups))
-            per_layer["router_z_loss"].append(losses.router_z_loss(routing.logits, mask))
+        # Only the first forward pass of a scope counts, should there be more.
+        records, per_layer = scope.records[:layers], scope.losses[:layers]
         device = records[0].logits.device
-        aux_losses = {name: torch.stack([v.to(device) for v in values]).mean() for name, values in per_layer.items()}
-        coefficients = {name: getattr(self.config, f"{name}_coef") for name in aux_losses}
+        coefficients = self.config.loss_coefficients
+        aux_losses = {name: torch.stack([each[name].to(device) for each in per_layer]).mean() for name in per_layer[0]}
         output.aux_losses = aux_losses
-        output.balance_loss, output.router_z_loss = aux_losses.values()
-        output.aux_loss = sum((coefficients[name] * loss for name, loss in aux_losses.items()), start=0.0)
-        for name in ("expert_load", "router_entropy", "dropped_fraction"):
+        output.balance_loss, output.router_z_loss = (aux_losses.get(name) for name in ("balance_loss", "router_z_loss"))
+        terms = [coefficients[name] * loss for name, loss in aux_losses.items()]
+        output.aux_loss = torch.stack(terms).sum() if terms else torch.zeros((), device=device)
+        most = max(routing.logits.shape[-1] for routing in records)
+        load = [losses.expert_load(routing).detach().to(device) for routing in records]
+        output.expert_load = torch.stack([nn.functional.pad(each, (0, most - each.shape[0])) for each in load])
+        for name in ("router_entropy", "dropped_fraction"):
             statistic = [getattr(losses, name)(routing).detach().to(device) for routing in records]
             output[name] = torch.stack(statistic)
-        if self.training and output.loss is not None and any(coefficients.values()):
+        if self.training and output.loss is not None and any(coefficients[name] for name in aux_losses):
             output.loss = output.loss + (output.aux_loss * share).to(output.loss.device, output.loss.dtype)
 
     def _loss_share(self, kwargs: dict[str, Any]) -> Tensor | float:

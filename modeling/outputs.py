@@ -38,13 +38,14 @@ class _WithRouting(ModelOutput):
     Attributes:
         loss: in training lm_loss plus the auxiliary part, in evaluation lm_loss alone; None without labels.
         lm_loss: the dense family's own loss; None without labels.
-        balance_loss: 1 when balanced, E when collapsed onto one expert (first-choice count).
-        router_z_loss: mean squared logsumexp of the router logits.
+        balance_loss: 1 when balanced, E when collapsed onto one expert (first-choice count); None without such a loss.
+        router_z_loss: mean squared logsumexp of the router logits; None without such a loss.
         aux_loss: the auxiliary losses times their coefficients, summed.
         aux_losses: each auxiliary loss by name, without its coefficient.
         logits: [B, S, V], or [B, labels] of a classifier.
         router_logits: float32 [T, E] per sparse layer, when asked for with `output_router_logits`.
-        expert_load: float32 [L, E], share of the assignments per expert; rows sum to 1.
+        expert_load: float32 [L, E], share of the assignments per expert; rows sum to 1. Where layers differ in their
+            number of experts, E is the largest and the rest is 0.
         router_entropy: float32 [L], entropy of the router's probabilities as a fraction of ln E.
         dropped_fraction: float32 [L], share of the assignments that capacity refused.
     """

@@ -14,8 +14,8 @@ from transformers import initialization as init
 from st_moe.configuration import STMoEConfig
 from st_moe.modeling.experts import ModuleExperts, STMoEExperts, tensor_experts
 from st_moe.modeling.ffn import FFNLocation
-from st_moe.modeling.routers import router_class
-from st_moe.modeling.scope import active_scope
+from st_moe.modeling.routing import router_class
+from st_moe.modeling.routing.scope import active_scope
 
 
 class DenseFFN(nn.Module):
@@ -60,25 +60,29 @@ class SparseBlock(nn.Module):
     Args:
         config: the mixture's fields.
         ffn: the dense FFN that it replaces; its storage is `"tensors"` or `"modules"`.
+        sparse_layer: position among the sparse layers, for numbers of experts that differ between them.
     """
 
-    def __init__(self, config: STMoEConfig, ffn: FFNLocation) -> None:
+    def __init__(self, config: STMoEConfig, ffn: FFNLocation, sparse_layer: int = 0) -> None:
         super().__init__()
         hidden_size = ffn.hidden_size or config.hidden_size
-        self.gate = router_class(config.router_type)(config, hidden_size)
+        self.gate = router_class(config.router_type)(config, hidden_size, sparse_layer)
         self.experts: STMoEExperts | ModuleExperts
         extra = config.ffn_before or config.ffn_after or config.num_shared_experts
         if ffn.storage == "tensors":
-            self.experts = tensor_experts(config, ffn)
+            self.experts = tensor_experts(config, ffn, self.gate.num_experts)
         elif extra:
             raise ValueError(
                 f"ffn_before, ffn_after, num_shared_experts: need an FFN that 3-D tensors can hold, but {ffn.reason}"
             )
         else:
-            self.experts = ModuleExperts(config, ffn)
+            self.experts = ModuleExperts(config, ffn, self.gate.num_experts)
+        self.initializer_range = config.initializer_range
         width = config.moe_intermediate_size or ffn.intermediate_size
         shared_width = width * config.num_shared_experts
         self.shared_experts = DenseFFN(ffn, shared_width, norm=False) if config.num_shared_experts else None
+        gated = config.num_shared_experts and config.shared_expert_gate
+        self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if gated else None
         self.ffn_before = DenseFFN(ffn, width, norm=True) if config.ffn_before else None
         self.ffn_after = DenseFFN(ffn, width, norm=True) if config.ffn_after else None
         self.output_dropout = nn.Dropout(ffn.output_dropout)
@@ -97,7 +101,10 @@ class SparseBlock(nn.Module):
         expert_input = hidden_states if extra is None else hidden_states + extra
         output = self.route(expert_input)
         if self.shared_experts is not None:
-            output = output + self.shared_experts(expert_input)
+            shared = self.shared_experts(expert_input)
+            if self.shared_expert_gate is not None:
+                shared = self.shared_expert_gate(expert_input).sigmoid() * shared
+            output = output + shared
         output = self.output_dropout(output)
         if extra is not None:
             output = output + extra
@@ -118,5 +125,7 @@ class SparseBlock(nn.Module):
             mask = torch.ones(groups, count // max(groups, 1), dtype=torch.bool, device=tokens.device)
         routing = self.gate(tokens, mask.to(tokens.device))
         if scope is not None:
-            scope.record(routing)
-        return self.experts(tokens, routing.index, routing.weight).view_as(hidden_states)
+            scope.record(routing, self.gate.losses(routing) if scope.with_losses else {})
+        if self.training and (scope is None or scope.recording):
+            self.gate.observe(tokens, routing)
+        return self.gate.mix(self.experts, tokens, routing).view_as(hidden_states)

@@ -13,10 +13,11 @@ from st_moe.configuration import STMoEConfig, on_new_family
 
 if TYPE_CHECKING:
     from st_moe.conversion import prove_identity, upcycle
-    from st_moe.finetune import STMoETrainer
+    from st_moe.finetune import AdaptiveExperts, STMoETrainer
     from st_moe.modeling import STMoEForCausalLM, STMoEForSequenceClassification, STMoEModel, locate_ffns
 
 _ROOMS = {
+    "AdaptiveExperts": "st_moe.finetune",
     "STMoEForCausalLM": "st_moe.modeling",
     "STMoEForSequenceClassification": "st_moe.modeling",
     "STMoEModel": "st_moe.modeling",
@@ -27,6 +28,7 @@ _ROOMS = {
 }
 
 __all__ = [
+    "AdaptiveExperts",
     "STMoEConfig",
     "STMoEForCausalLM",
     "STMoEForSequenceClassification",

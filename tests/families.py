@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from st_moe import STMoEConfig, STMoEForCausalLM, upcycle
-from st_moe.modeling.routers import TopKRouter
+from st_moe.modeling.routing import Router
 
 #: The families whose upcycled models are promised to compute the dense function.
 FAMILIES = (
@@ -136,7 +136,7 @@ def mixture(family: str = "llama", auto: type = STMoEForCausalLM, seed: int = 0,
 def sharpen(model: nn.Module, factor: float = 10.0) -> None:
     """Scale the routers up, so that their choices differ between tokens."""
     for module in model.modules():
-        if isinstance(module, TopKRouter):
+        if isinstance(module, Router) and "weight" in module._parameters:
             module.weight *= factor
 
 

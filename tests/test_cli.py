@@ -360,7 +360,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
     "unknown router": (
         nothing,
         (*UPCYCLE, "--set", "router_type=top_q"),
-        r"router_type: must be one of top_k \(did you mean 'top_k'\?\), got 'top_q'",
+        r"router_type: must be one of top_k.* \(did you mean 'top_k'\?\), got 'top_q'",
     ),
     "more choices than experts": (
         nothing,

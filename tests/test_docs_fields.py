@@ -91,7 +91,7 @@ def test_the_upcycling_page_has_every_recipe_and_family() -> None:
     rows = {row[0].strip('`"'): row for row in rows_of(text, ("Recipe", "Experts"))}
     assert set(rows) == set(RECIPES)
     for name, row in rows.items():
-        assert (row[3] == "yes") == RECIPES[name].keeps_function
+        assert (row[3] == "yes") == RECIPES[name].keeps_function({}, STMoEConfig())
         options = {} if row[2] == "none" else {o.split("=")[0].strip(" `"): None for o in row[2].split(",")}
         check_recipe(name, options)
     told = text[text.index("They are llama") :].split(".")[0].replace("They are ", "").replace(" and ", ", ")

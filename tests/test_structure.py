@@ -27,6 +27,7 @@ FACE = "st_moe"
 ORDER = (
     "st_moe.configuration",
     "st_moe.modeling.kernels",
+    "st_moe.modeling.routing",
     "st_moe.modeling",
     "st_moe.conversion",
     "st_moe.finetune",

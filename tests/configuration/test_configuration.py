@@ -23,12 +23,12 @@ from transformers import (
 )
 
 from st_moe import STMoEConfig, STMoEForCausalLM
-from st_moe.configuration import MIXTURE_FIELDS, configuration_st_moe, dense_model_types, family_config
+from st_moe.configuration import LOSSES, MIXTURE_FIELDS, configuration_st_moe, dense_model_types, family_config
 from tests.families import tiny_config
 
 INF, NAN = float("inf"), float("nan")
 
-#: Every mixture field at a value that is not its default; lists and None where they are allowed.
+#: Every mixture field that the default router reads at a value that is not its default; lists where they are allowed.
 CHANGED: dict[str, Any] = {
     "dense_model_type": "qwen3",
     "num_experts": 6,
@@ -41,19 +41,59 @@ CHANGED: dict[str, Any] = {
     "second_expert_policy_eval": "threshold",
     "second_expert_threshold": [0.2, 0.1],
     "router_jitter_noise": 0.01,
+    "router_gumbel_noise": 0.5,
+    "router_gaussian_noise": 1,
+    "allow_non_causal_routing": True,
     "capacity_factor": 1.25,
     "eval_capacity_factor": 2,
     "min_capacity": 2,
+    "capacity_scope": "group",
+    "capacity_group_size": 64,
+    "drop_priority": "router_prob",
+    "renormalize_after_drop": True,
     "balance_loss_coef": 0.02,
     "balance_loss_scope": "sequence",
+    "balance_loss_count": "all",
+    "balance_loss_after_drop": True,
     "router_z_loss_coef": 0,
+    "sequence_balance_loss_coef": 1e-4,
+    "second_place_loss_coef": 0.5,
+    "importance_loss_coef": 0.1,
     "expert_dropout": 0.1,
     "multiplicative_bias": True,
     "ffn_before": True,
     "ffn_after": True,
     "num_shared_experts": 2,
+    "shared_expert_gate": True,
     "output_router_logits": True,
     "initializer_range": 0.01,
+}
+#: The fields that only other routers read, with their router.
+CHANGED_FOR: dict[str, dict[str, Any]] = {
+    "noisy_top_k": {"load_loss_coef": 0.1},
+    "top_any": {
+        "straight_through": "active",
+        "fallback": "none",
+        "initial_experts": 3,
+        "diversity_loss_coef": 0.1,
+        "simplicity_loss_coef": 0,
+        "top_any_balance_loss_coef": 0.2,
+        "efficiency_loss_coef": 0.3,
+    },
+    "sigmoid_top_k": {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "bias_update_rate": 0},
+    "coordinate_descent": {
+        "coordinate_descent_iterations": 50,
+        "coordinate_descent_epsilon": 1,
+        "coordinate_descent_k_ratio": 1,
+    },
+    "soft": {"slots_per_expert": 4, "allow_non_causal_routing": True},
+    "mixture_of_depths": {
+        "depth_fraction": 0.5,
+        "depth_loss_coef": 0.1,
+        "num_experts": 1,
+        "num_experts_per_tok": 1,
+    },
+    "hash": {"hash_by": "position"},
 }
 
 
@@ -78,7 +118,22 @@ def faults_of(**fields: Any) -> list[str]:
         ("num_experts_per_tok", 9, "between 1 and num_experts=8"),
         ("moe_intermediate_size", 0, "positive or None"),
         ("router_type", "topk", r"one of .*top_k.*did you mean 'top_k'"),
-        ("router_type", "hash", "one of .*top_k"),
+        ("router_type", "hashed", "one of .*top_k.*did you mean 'hash'"),
+        ("router_type", "expert_choice", "causal .*unless allow_non_causal_routing=True"),
+        ("router_type", "soft", "causal .*unless allow_non_causal_routing=True"),
+        ("num_experts", [4, 8], r"one value or 8 \(one per sparse layer\)"),
+        ("num_experts_per_tok", [2], r"one value or 8 \(one per sparse layer\)"),
+        ("num_experts_per_tok", [1, 1, 1, 1, 1, 1, 1, 9], "between 1 and num_experts=8"),
+        ("num_experts", [8, 8, 8, 0, 8, 8, 8, 8], "at least 1"),
+        ("router_gumbel_noise", -0.1, "finite and not negative"),
+        ("router_gaussian_noise", INF, "finite and not negative"),
+        ("capacity_group_size", 0, "at least 1"),
+        ("importance_loss_coef", NAN, "finite and not negative"),
+        ("load_loss_coef", 0.1, r"'top_k' has no such loss \(noisy_top_k\)"),
+        ("depth_loss_coef", 1, r"has no such loss \(mixture_of_depths\)"),
+        ("n_group", 2, "read by router_type sigmoid_top_k only, not by top_k;"),
+        ("fallback", "none", "read by router_type top_any only, not by top_k;"),
+        ("hash_by", "position", "read by router_type hash only"),
         ("second_expert_threshold", -0.1, r"in \[0, 1\]"),
         ("second_expert_threshold", 1.5, r"in \[0, 1\]"),
         ("second_expert_threshold", NAN, r"in \[0, 1\]"),
@@ -128,7 +183,10 @@ def test_each_rule_names_field_rule_and_value(field: str, value: Any, rule: str)
         ("num_experts", 8.0, "expected int, got float"),
         ("num_experts", True, "expected int, got bool"),
         ("num_experts", None, "expected int, got NoneType"),
-        ("num_experts_per_tok", [2], "expected int, got list"),
+        ("num_experts_per_tok", [2.0], "doesn't match any type"),
+        ("capacity_scope", "layer", r"expected one of \('sequence', 'batch', 'group'\)"),
+        ("drop_priority", "random", r"expected one of \('position', 'router_prob'\)"),
+        ("fallback", "first", r"expected one of \('best', 'none'\)"),
         ("sparse_layers", 3, "doesn't match any type"),
         ("sparse_layers", [0, "1"], "doesn't match any type"),
         ("sparse_layers", [True], "doesn't match any type"),
@@ -149,6 +207,71 @@ def test_types_are_strict(field: str, value: Any, expected: str) -> None:
     assert re.search(expected, fault), fault
     shown = value if isinstance(value, str) and "expected one of" in expected else repr(value)
     assert str(shown).strip("'") in fault, "the value is named"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "rule"),
+    [
+        ({"router_type": "sigmoid_top_k", "n_group": 3}, "n_group", "divide num_experts=8"),
+        ({"router_type": "sigmoid_top_k", "n_group": 8}, "n_group", "groups of two or more"),
+        ({"router_type": "sigmoid_top_k", "n_group": 4, "topk_group": 5}, "topk_group", "between 1 and n_group=4"),
+        (
+            {"router_type": "sigmoid_top_k", "n_group": 4, "num_experts_per_tok": 3},
+            "topk_group",
+            "hold num_experts_per_tok=3 experts",
+        ),
+        ({"router_type": "mixture_of_depths"}, "num_experts", "must be 1, with num_experts_per_tok=1"),
+        ({"router_type": "top_any", "initial_experts": 9}, "initial_experts", "between 1 and num_experts=8"),
+        ({"router_type": "top_any", "initial_experts": 0}, "initial_experts", "between 1 and num_experts=8"),
+        ({"num_experts_per_tok": 1, "second_place_loss_coef": 0.1}, "second_place_loss_coef", "of 2 or more"),
+        ({"num_experts_per_tok": [2, 3], "second_expert_threshold": [0.1]}, "second_expert_threshold", "or 2"),
+        (
+            {"router_type": "soft", "allow_non_causal_routing": True, "capacity_factor": 1.0},
+            "capacity_factor",
+            "must be None with router_type 'soft'",
+        ),
+        ({"shared_expert_gate": True}, "shared_expert_gate", "needs num_shared_experts"),
+        ({"router_type": "hash", "second_expert_policy_eval": "none"}, "second_expert_policy_eval", "read by"),
+    ],
+)
+def test_rules_between_fields(fields: dict[str, Any], field: str, rule: str) -> None:
+    (fault,) = faults_of(num_hidden_layers=2, **fields)
+    assert fault.startswith(f"{field}: "), fault
+    assert rule in fault, fault
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_encoders_take_routers_that_see_every_token(family: str) -> None:
+    assert STMoEConfig(dense_model_type=family, router_type="expert_choice").router_type == "expert_choice"
+
+
+def test_an_encoder_used_as_a_decoder_is_causal() -> None:
+    (fault,) = faults_of(dense_model_type="bert", is_decoder=True, router_type="soft")
+    assert "allow_non_causal_routing" in fault
+
+
+def test_numbers_per_sparse_layer() -> None:
+    config = STMoEConfig(num_hidden_layers=5, sparse_layers=[4, 1], num_experts=[2, 6], num_experts_per_tok=2)
+    assert config.layer_sizes == [(2, 2), (6, 2)]
+    assert STMoEConfig(num_hidden_layers=2).layer_sizes == [(8, 2), (8, 2)]
+
+
+def test_loss_coefficients_are_the_routers_unless_given() -> None:
+    assert STMoEConfig(router_z_loss_coef=0.5).loss_coefficients == {
+        "balance_loss": 0.01,
+        "router_z_loss": 0.5,
+        "sequence_balance_loss": 0.0,
+        "second_place_loss": 0.0,
+        "importance_loss": 0.0,
+    }
+    noisy = STMoEConfig(router_type="noisy_top_k", load_loss_coef=0)
+    assert noisy.loss_coefficients == {"importance_loss": 0.01, "load_loss": 0, "router_z_loss": 0.001}
+    assert STMoEConfig(router_type="hash").loss_coefficients == {}
+
+
+def test_every_loss_of_a_router_has_its_coefficient() -> None:
+    assert LOSSES
+    assert {f"{name}_coef" for name in LOSSES} == {name for name in MIXTURE_FIELDS if name.endswith("_loss_coef")}
 
 
 def test_all_faults_are_gathered() -> None:
@@ -342,10 +465,11 @@ def test_sparse_layers(layers: int, sparse_layers: Any, expected: list[int]) -> 
 
 
 def test_the_table_of_changed_fields_is_whole() -> None:
-    assert set(CHANGED) == set(MIXTURE_FIELDS) - {"st_moe_version"} | {"initializer_range", "output_router_logits"}
+    changed = {**CHANGED, **{name: value for fields in CHANGED_FOR.values() for name, value in fields.items()}}
+    assert set(changed) == set(MIXTURE_FIELDS) - {"st_moe_version"} | {"initializer_range", "output_router_logits"}
     default = family_config("llama")()
-    same = [name for name, value in CHANGED.items() if getattr(default, name) == value]
-    assert same == ["router_type"], "there is one router"
+    same = [name for name, value in changed.items() if getattr(default, name) == value]
+    assert same == ["router_type"]
 
 
 def assert_same_config(actual: PreTrainedConfig, expected: PreTrainedConfig) -> None:
@@ -353,7 +477,17 @@ def assert_same_config(actual: PreTrainedConfig, expected: PreTrainedConfig) -> 
     assert actual.to_dict() == expected.to_dict()
 
 
-@pytest.mark.parametrize("fields", [{}, CHANGED, {"sparse_layers": (0, 2)}, {"capacity_factor": None}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        CHANGED,
+        {"sparse_layers": (0, 2)},
+        {"capacity_factor": None},
+        {"num_experts": [4, 8, 2, 1], "num_experts_per_tok": (2, 3, 2, 1)},
+        *({"router_type": name, **fields} for name, fields in CHANGED_FOR.items()),
+    ],
+)
 def test_files_keep_every_field(fields: dict[str, Any], tmp_path: Path) -> None:
     config = STMoEConfig(
         **{"num_hidden_layers": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, **fields}

@@ -116,7 +116,9 @@ def test_dense_config_is_read(dense: Path) -> None:
     ("fields", "message"),
     [
         ({"model_type": "lama"}, "model_type in .* must be one of Transformers', got 'lama'; did you mean 'llama'"),
-        ({"model_type": None}, "model_type in .* must be one of Transformers', got None"),
+        ({"model_type": None}, "model_type in .* must be one of Transformers', got None; write"),
+        ({"model_type": ""}, "model_type in .* must be one of Transformers', got ''; write"),
+        ({"model_type": ["llama"]}, r"model_type in .* must be one of Transformers', got \['llama'\]; write"),
         # Code from a checkpoint is neither run nor asked about.
         ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.MyConfig"}}, "got 'mine'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "must not be quantised"),

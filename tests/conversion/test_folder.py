@@ -1,6 +1,8 @@
 """Upcycling on disk: the folder holds all that a model's folder should, and appears whole or not at all."""
 
 import copy
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,12 +18,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedModel,
 )
 
-from st_moe import STMoEForCausalLM, STMoEForSequenceClassification, upcycle
+from st_moe import STMoEForCausalLM, STMoEForSequenceClassification, cli, upcycle
 from st_moe.conversion import folder as folder_module
 from st_moe.conversion import upcycle_checkpoint
 from tests.families import FAMILIES, TOLERANCE, dense_model, relative_difference, tiny_tokenizer, token_ids
@@ -168,7 +171,7 @@ def mamba(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"router_type": "top_q"}, "router_type: must be one of top_k .* got 'top_q'"),
+        ({"router_type": "top_q"}, "router_type: must be one of top_k.* got 'top_q'"),
         ({"num_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok: must be between 1 and num_experts=2"),
         ({"sparse_layers": [0, 7]}, r"sparse_layers: .* 2 layers, got \[0, 7\]"),
         ({"moe_intermediate_size": 13}, "moe_intermediate_size: recipe 'copy' keeps the dense width"),
@@ -178,7 +181,7 @@ def mamba(path: Path) -> Path:
         ({"recipe": "clone"}, "recipe: must be one of copy, noise, drop, got 'clone'"),
         ({"recipe_options": {"ratio": 0.5}}, "recipe_options: 'copy' takes no options, got ratio"),
         ({"recipe": "drop", "recipe_options": {"ratio": 1.5}}, r"recipe_options: ratio must be in \[0, 1\], got 1.5"),
-        ({"recipe": "noise", "recipe_options": {"scale": "x"}}, "recipe_options: must be numbers, got {'scale': 'x'}"),
+        ({"recipe": "noise", "recipe_options": {"scale": "x"}}, "recipe_options: scale must be a real number, got 'x'"),
         ({"router_std": -1.0}, "router_std: must not be negative"),
     ],
     ids=str,
@@ -199,6 +202,38 @@ def test_a_model_without_ffns_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"source: .*mamba\) .*no feed-forward network"):
         convert(mamba(tmp_path / "mamba"), tmp_path / "moe")
     assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_without_a_model_type_nothing_is_written(
+    dense: Path, tmp_path: Path, missing: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
+    config["model_type"] = None
+    if missing:
+        del config["model_type"]
+    (dense / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    message = f"source: model_type in {dense} must be one of Transformers', got None; write the family of the weights "
+    message += "into config.json, such as 'llama'"
+    for convert_it in (lambda: convert(dense, tmp_path / "moe"), lambda: upcycle(dense, num_experts=4)):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            convert_it()
+    monkeypatch.setattr(sys, "argv", ["st-moe", "upcycle", str(dense), str(tmp_path / "moe")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"Error: {message}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+def test_weights_that_are_no_numbers_leave_nothing(dense: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(dense)
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    model.save_pretrained(dense)
+    with pytest.raises(ValueError, match=r"dense: every weight must be finite, but 1 of \d+ tensors .*lm_head\.weight"):
+        convert(dense, tmp_path / "moe")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 
 def test_a_mixture_is_refused(dense: Path, tmp_path: Path) -> None:

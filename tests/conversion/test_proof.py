@@ -33,7 +33,7 @@ def changed(change: str) -> Any:
         elif change == "weights that do not sum to 1":
             block.gate.normalize = False
         elif change == "dropped tokens":
-            block.gate.capacity_factors[False] = 0.25
+            block.gate.capacity.factors[False] = 0.25
             block.gate.min_capacity = 1
         elif change == "attention":
             sparse.model.layers[0].self_attn.o_proj.weight *= 1.1
@@ -193,6 +193,24 @@ def test_classifiers_are_compared_by_their_logits() -> None:
         expected = relative_difference(sparse(ids).logits, dense(ids).logits)
     proof = prove_identity(dense, sparse, ids)
     assert proof.max_relative_difference == pytest.approx(expected, rel=1e-5)
+    assert not proof.holds
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_classifiers_without_a_pad_token_run_sequence_by_sequence(side: str) -> None:
+    dense = dense_model("llama", AutoModelForSequenceClassification, num_labels=3, pad_token_id=None)
+    sparse = upcycle(dense, num_experts=4, verify=False)
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.padding_side = side
+    assert prove_identity(dense, sparse, TEXTS, tokenizer).holds
+    with torch.no_grad():
+        sparse.score.weight[0] *= 2
+        # Each text as it is alone, so without padding.
+        alone = [[model(**tokenizer(text, return_tensors="pt")).logits for text in TEXTS] for model in (sparse, dense)]
+    proof = prove_identity(dense, sparse, TEXTS, tokenizer)
+    expected = relative_difference(*(torch.cat(logits) for logits in alone))
+    assert proof.max_relative_difference == pytest.approx(expected, rel=1e-5)
+    assert proof.num_tokens == sum(len(tokenizer(text)["input_ids"]) for text in TEXTS)
     assert not proof.holds
 
 

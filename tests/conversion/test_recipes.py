@@ -1,14 +1,17 @@
 """Recipes: what each does to which weights, against plain loops over experts and neurons."""
 
+import re
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from st_moe import locate_ffns, upcycle
+from st_moe import STMoEConfig, locate_ffns, upcycle
 from st_moe.conversion import RECIPES, FFNTensors
-from st_moe.conversion.recipes import check_recipe, copy, drop, noise, read_ffn
+from st_moe.conversion.recipes import check_recipe, copy, drop, noise, read_ffn, try_recipe
 from st_moe.modeling.sparse_block import SparseBlock
 from tests.families import FAMILIES, LAYERS, dense_model, pair
 
@@ -46,7 +49,7 @@ def matrices_by_neuron(w_in: Tensor, w_out: Tensor) -> list[Tensor]:
 def test_shapes_types_and_biases(name: str, gated: bool, bias: bool, dtype: torch.dtype) -> None:
     dense = dense_ffn(gated, bias, dtype)
     before = [None if tensor is None else tensor.clone() for tensor in dense]
-    experts = RECIPES[name].function(dense, E, generator())
+    experts = RECIPES[name].function([dense], E, generator()).experts
     for ours, theirs, kept in zip(experts, dense, before, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is None:
@@ -67,7 +70,7 @@ def test_shapes_types_and_biases(name: str, gated: bool, bias: bool, dtype: torc
 
 def test_copy_repeats_the_dense_ffn() -> None:
     dense = dense_ffn(bias=True)
-    experts = copy(dense, E, generator())
+    experts = copy([dense], E, generator()).experts
     for ours, theirs in zip(experts, dense, strict=True):
         for expert in range(E):
             assert torch.equal(ours[expert], theirs)
@@ -78,7 +81,7 @@ def test_copy_repeats_the_dense_ffn() -> None:
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
 def test_noise_moves_a_fraction_of_the_weights(fraction: float) -> None:
     dense = dense_ffn(dtype=torch.float64)
-    experts = noise(dense, E, generator(), scale=0.3, fraction=fraction)
+    experts = noise([dense], E, generator(), scale=0.3, fraction=fraction).experts
     for ours, theirs in ((experts.w_in, dense.w_in), (experts.w_out, dense.w_out)):
         for expert in range(E):
             moved = ours[expert] - theirs
@@ -95,7 +98,7 @@ def test_noise_moves_a_fraction_of_the_weights(fraction: float) -> None:
 @pytest.mark.parametrize("options", [{"scale": 0.0}, {"fraction": 0.0}])
 def test_noise_of_nothing_is_a_copy(options: dict[str, Any]) -> None:
     dense = dense_ffn()
-    experts = noise(dense, E, generator(), **options)
+    experts = noise([dense], E, generator(), **options).experts
     assert all(torch.equal(expert, dense.w_in) for expert in experts.w_in)
     assert all(torch.equal(expert, dense.w_out) for expert in experts.w_out)
 
@@ -104,7 +107,7 @@ def test_noise_of_nothing_is_a_copy(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("ratio", "count"), [(0.5, 30), (0.1, 6), (0.33, 19), (1.0, 60)])
 def test_drop_redraws_whole_neurons(gated: bool, ratio: float, count: int) -> None:
     dense = dense_ffn(gated, bias=True)
-    experts = drop(dense, E, generator(), ratio=ratio)
+    experts = drop([dense], E, generator(), ratio=ratio).experts
     sets = []
     for expert in range(E):
         ours = matrices_by_neuron(experts.w_in[expert], experts.w_out[expert])
@@ -133,14 +136,14 @@ def test_drop_redraws_whole_neurons(gated: bool, ratio: float, count: int) -> No
 @pytest.mark.parametrize("ratio", [0.0, 0.01])
 def test_dropping_less_than_a_neuron_is_a_copy(ratio: float) -> None:
     dense = dense_ffn()
-    experts = drop(dense, E, generator(), ratio=ratio)
+    experts = drop([dense], E, generator(), ratio=ratio).experts
     assert all(torch.equal(expert, dense.w_in) for expert in experts.w_in)
     assert all(torch.equal(expert, dense.w_out) for expert in experts.w_out)
 
 
 def test_neurons_are_dropped_evenly() -> None:
     dense = dense_ffn(gated=False)
-    experts = drop(dense, 400, generator(), ratio=0.5)
+    experts = drop([dense], 400, generator(), ratio=0.5).experts
     redrawn = (experts.w_in != dense.w_in).any(-1).float().mean(0)
     assert redrawn.mean().item() == pytest.approx(0.5)
     assert (redrawn - 0.5).abs().max() <= 4.5 * 0.5 / 400**0.5
@@ -150,10 +153,10 @@ def test_neurons_are_dropped_evenly() -> None:
 def test_the_generator_decides_and_nothing_else(name: str) -> None:
     dense = dense_ffn(bias=True)
     state = torch.get_rng_state()
-    first, second = (RECIPES[name].function(dense, E, generator(3)) for _ in range(2))
+    first, second = (RECIPES[name].function([dense], E, generator(3)).experts for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    third, other = (RECIPES[name].function(dense, E, generator(seed)) for seed in (3, 4))
+    third, other = (RECIPES[name].function([dense], E, generator(seed)).experts for seed in (3, 4))
     for tensors in zip(first, second, third, strict=True):
         assert torch.equal(tensors[0], tensors[1])
         assert torch.equal(tensors[0], tensors[2])
@@ -164,7 +167,10 @@ def test_the_generator_decides_and_nothing_else(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("noise", {"scale": -0.1}, "recipe_options: scale must not be negative, got -0.1"),
+        ("noise", {"scale": -0.1}, "recipe_options: scale must be finite and not negative, got -0.1"),
+        ("noise", {"scale": float("inf")}, "recipe_options: scale must be finite and not negative, got inf"),
+        ("noise", {"scale": float("nan")}, "recipe_options: scale must be finite and not negative, got nan"),
+        ("noise", {"scale": 10**400}, "recipe_options: scale must be finite and not negative, got 1000"),
         ("noise", {"fraction": 1.5}, r"recipe_options: fraction must be in \[0, 1\], got 1.5"),
         ("noise", {"fraction": float("nan")}, "recipe_options: fraction must be"),
         ("drop", {"ratio": -0.5}, r"recipe_options: ratio must be in \[0, 1\], got -0.5"),
@@ -173,7 +179,26 @@ def test_the_generator_decides_and_nothing_else(name: str) -> None:
 )
 def test_options_out_of_range_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        RECIPES[name].function(dense_ffn(), E, generator(), **options)
+        RECIPES[name].function([dense_ffn()], E, generator(), **options)
+
+
+@pytest.mark.parametrize("value", ["x", "0.5", None, True, [0.5], 0.5j, torch.tensor(0.5)], ids=repr)
+@pytest.mark.parametrize(("name", "option"), [("noise", "scale"), ("noise", "fraction"), ("drop", "ratio")])
+def test_options_that_are_no_real_numbers_are_refused(name: str, option: str, value: Any) -> None:
+    message = f"^recipe_options: {option} must be a real number, got {re.escape(repr(value))}$"
+    with pytest.raises(ValueError, match=message):
+        RECIPES[name].function([dense_ffn()], E, generator(), **{option: value})
+    with pytest.raises(ValueError, match=message):
+        try_recipe(name, {option: value})
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), Fraction(1, 2)], ids=repr)
+@pytest.mark.parametrize(("name", "option"), [("noise", "scale"), ("noise", "fraction"), ("drop", "ratio")])
+def test_every_kind_of_real_number_is_the_same_option(name: str, option: str, value: Any) -> None:
+    expected = RECIPES[name].function([dense_ffn()], E, generator(), **{option: 0.5}).experts
+    found = RECIPES[name].function([dense_ffn()], E, generator(), **{option: value}).experts
+    assert found.w_in.equal(expected.w_in)
+    assert found.w_out.equal(expected.w_out)
 
 
 def test_unknown_recipes_and_options_are_refused() -> None:
@@ -181,10 +206,15 @@ def test_unknown_recipes_and_options_are_refused() -> None:
         check_recipe("clone", {})
     with pytest.raises(ValueError, match="recipe_options: 'drop' takes ratio, got fraction, scale"):
         check_recipe("drop", {"scale": 1, "fraction": 0.5})
-    with pytest.raises(ValueError, match="recipe_options: 'copy' takes no options, got ratio"):
-        check_recipe("copy", {"ratio": 0.5})
-    assert check_recipe("noise", {"scale": 0.1}).keeps_function is False
-    assert check_recipe("copy", {}).keeps_function is True
+    for check in (check_recipe, try_recipe):
+        with pytest.raises(ValueError, match="recipe_options: 'copy' takes no options, got ratio"):
+            check("copy", {"ratio": 0.5})
+    with pytest.raises(ValueError, match="recipe_options: 'drop' takes ratio, got 1, rate"):
+        check_recipe("drop", {"rate": 1, 1: 2})  # type: ignore[dict-item]
+    config = STMoEConfig()
+    assert check_recipe("noise", {"scale": 0.1}).keeps_function({"scale": 0.1}, config) is False
+    assert check_recipe("copy", {}).keeps_function({}, config) is True
+    assert check_recipe("copy", {}).keeps_function({}, STMoEConfig(norm_topk_prob=False)) is False
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,7 +13,7 @@ from st_moe import STMoEConfig
 from st_moe.modeling.experts import STMoEExperts, tensor_experts
 from st_moe.modeling.ffn import FFNLocation
 from st_moe.modeling.kernels.sorted_experts import ExpertParameters
-from st_moe.modeling.routers import TopKRouter
+from st_moe.modeling.routing import TopKRouter
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
@@ -80,7 +80,8 @@ def location(
 
 def make_experts(ffn: FFNLocation | None = None, implementation: str = "st_moe", **fields: Any) -> STMoEExperts:
     """Experts with N(0, 0.5) parameters everywhere, in training mode."""
-    experts = tensor_experts(small_config(**fields), ffn or location())
+    config = small_config(**fields)
+    experts = tensor_experts(config, ffn or location(), config.num_experts)
     experts.config._experts_implementation = implementation
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=0.5)

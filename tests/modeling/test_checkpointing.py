@@ -10,8 +10,8 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from st_moe import STMoEForSequenceClassification
 from st_moe.modeling import modeling_st_moe
-from st_moe.modeling.routers import TopKRouter
-from st_moe.modeling.scope import RoutingScope, active_scope
+from st_moe.modeling.routing import TopKRouter
+from st_moe.modeling.routing.scope import RoutingScope, active_scope
 from tests.families import (
     FAMILIES,
     LAYERS,

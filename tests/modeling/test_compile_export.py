@@ -11,7 +11,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from st_moe.modeling.kernels import activations
-from st_moe.modeling.scope import active_scope
+from st_moe.modeling.routing.scope import active_scope
 from tests.families import (
     assert_same_gradients,
     checkpoint_activations,

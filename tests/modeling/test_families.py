@@ -33,7 +33,7 @@ from st_moe.configuration import family_config
 from st_moe.conversion.recipes import read_ffn
 from st_moe.modeling import families, family_of, locate_ffns
 from st_moe.modeling.experts import STMoEExperts
-from st_moe.modeling.routers import TopKRouter
+from st_moe.modeling.routing import TopKRouter
 from st_moe.modeling.sparse_block import SparseBlock
 from tests.families import (
     FAMILIES,

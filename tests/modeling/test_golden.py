@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from st_moe.modeling import losses
 from st_moe.modeling.experts import STMoEExperts
 from st_moe.modeling.kernels.sorted_experts import ExpertParameters
-from st_moe.modeling.routers import TopKRouter
-from st_moe.modeling.routing import Routing, expert_capacity, keep_within_capacity
+from st_moe.modeling.routing import Routing, TopKRouter, expert_capacity, keep_within_capacity, losses, router_class
+from st_moe.modeling.routing.coordinate_descent import coordinate_descent
 from st_moe.modeling.sparse_block import DenseFFN
 from tests.modeling.reference import location, make_experts, reference_slots, small_config
 
@@ -27,17 +26,12 @@ OTHER = {
 }
 TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 1e-4
 
-# Cases of routers that are not there.
-LEFT_OUT = {
-    "gumbel_noise": "no router adds Gumbel noise to its logits",
-    "coor_k2": "no router selects by coordinate descent",
-    "coor_k2_masked": "no router selects by coordinate descent",
-    "dynmoe_top_any_gate": "no router lets a token have any number of experts",
-}
+# Cases that are not run here, and why.
+LEFT_OUT = {"dynmoe_top_any_gate": "tested in test_router_top_any.py"}
 
 
 def cases(kind: str) -> Any:
-    chosen = [case for case in CASES if case["kind"] == kind and case["name"] not in LEFT_OUT]
+    chosen = [case for case in CASES if case["kind"] == kind]
     return pytest.mark.parametrize("case", chosen, ids=[case["name"] for case in chosen])
 
 
@@ -53,10 +47,13 @@ def close(actual: Tensor, expected: Any, tolerance: float = TOLERANCE) -> bool:
 
 def golden_router(case: dict[str, Any], weight: Any, monkeypatch: pytest.MonkeyPatch) -> TopKRouter:
     """Our router with a case's weight; its uniform draws come from the file."""
-    config, draws = case["config"], tensor(case["inputs"]["policy_uniform_draws"])
+    config, inputs = case["config"], case["inputs"]
+    router_type = "coordinate_descent" if config.get("differentiable_topk") else "top_k"
     fields = small_config(
+        router_type=router_type,
         num_experts=config["num_experts"],
         num_experts_per_tok=config["top_n"],
+        router_gumbel_noise=config.get("noise_mult") or 0.0,
         second_expert_policy_train="random",
         second_expert_policy_eval="random",
         second_expert_threshold=config["thresholds"],
@@ -64,15 +61,15 @@ def golden_router(case: dict[str, Any], weight: Any, monkeypatch: pytest.MonkeyP
         eval_capacity_factor=config["capacity_factor"],
         min_capacity=config["min_capacity"],
     )
-    router = TopKRouter(fields, config["dim"]).train(config["mode"] == "train")
+    router = router_class(router_type)(fields, config["dim"]).train(config["mode"] == "train")
+    assert isinstance(router, TopKRouter)
     router.weight.data = tensor(weight)
-
-    def draw(like: Tensor) -> Tensor:
-        later = draws[1:].flatten(1).t()
-        assert like.shape == later.shape
-        return later
-
-    monkeypatch.setattr(torch, "rand_like", draw)
+    draws = [tensor(inputs["policy_uniform_draws"])[1:].flatten(1).t()]
+    if config.get("gumbel_noise"):
+        draws.append(tensor(inputs["gumbel_uniform_draws"]).flatten(0, 1))
+    # The draws of the policy and of the noise differ in shape: later choices, of which there are fewer than experts.
+    by_shape = {each.shape: each for each in draws}
+    monkeypatch.setattr(torch, "rand_like", lambda like: by_shape[like.shape])
     return router
 
 
@@ -82,7 +79,7 @@ def route(router: TopKRouter, x: Tensor) -> Routing:
 
 def auxiliary_loss(case: dict[str, Any], routing: Routing, first_choice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Balance loss, z-loss, and both times their coefficients."""
-    balance = losses.balance_loss(routing.logits, first_choice, routing.token_mask)
+    balance = losses.balance_loss(routing.probabilities, first_choice[:, None], routing.token_mask)
     z = losses.router_z_loss(routing.logits, routing.token_mask)
     return balance, z, case["config"]["balance_loss_coef"] * balance + case["config"]["router_z_loss_coef"] * z
 
@@ -148,7 +145,8 @@ def check_gradients(case: dict[str, Any], x: Tensor, router: TopKRouter, experts
 
 
 def test_every_case_is_run_or_left_out_for_a_reason() -> None:
-    run = {case["name"] for case in CASES if case["kind"] in ("gating", "moe", "sparse_moe_block", "expert")}
+    kinds = ("gating", "moe", "sparse_moe_block", "expert", "coordinate_descent")
+    run = {case["name"] for case in CASES if case["kind"] in kinds}
     run.add("transformers_mixtral_lb_two_layers")
     assert run | set(LEFT_OUT) == {case["name"] for case in CASES} | set(OTHER)
 
@@ -163,9 +161,11 @@ def test_gating(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     shape = (groups, length, config["top_n"])
     index, weight = routing.index.view(shape), routing.weight.view(shape)
     assert close(routing.logits.view(groups, length, -1), expected["gate_logits"])
-    assert close(routing.logits.softmax(-1).view(groups, length, -1), expected["router_probs"])
+    assert close(routing.probabilities.view(groups, length, -1), expected["router_probs"])
+    if config.get("gumbel_noise"):
+        assert not close(routing.logits.softmax(-1).view(groups, length, -1), expected["router_probs"])
     assert index.tolist() == expected["topn_experts"]
-    gates, _ = router.choose(routing.logits)
+    gates, _ = router.choose(routing.probabilities)
     assert close(gates.view(shape), expected["topn_gates_normalised"])
     routed = torch.tensor(expected["routed_by_policy"], dtype=torch.bool).permute(1, 2, 0)
     assert torch.equal(router.second_expert_policy(gates).view(shape), routed)
@@ -208,7 +208,7 @@ def test_losses(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = case["expected"]
     routing = route(golden_router(case, case["inputs"]["gate_weight"], monkeypatch), tensor(case["inputs"]["x"]))
     first = routing.index[:, 0]
-    balance = losses.balance_loss(routing.logits, first, routing.token_mask)
+    balance = losses.balance_loss(routing.probabilities, first[:, None], routing.token_mask)
     # Ours counts first choices before capacity, as the paper does; the library counts what is left of them.
     assert close(balance, expected["balance_loss_if_counted_before_capacity"])
     if expected["balance_loss"] != expected["balance_loss_if_counted_before_capacity"]:
@@ -307,6 +307,26 @@ def test_expert(case: dict[str, Any]) -> None:
     assert not close(experts(x, index, weight), case["expected"]["output"]), "gate and value must not be exchangeable"
 
 
+@cases("coordinate_descent")
+def test_coordinate_descent(case: dict[str, Any]) -> None:
+    config, expected = case["config"], case["expected"]
+    scores = tensor(case["inputs"]["scores"]).requires_grad_()
+    mask = torch.tensor(config["mask"]).bool() if config.get("mask") else None
+    options = {
+        "epsilon": config["eps"],
+        "epsilon_init": config.get("eps_init"),
+        "epsilon_decay": config.get("eps_decay", 1.0),
+    }
+    selection = coordinate_descent(scores, config["k"], config["n_iters"], mask=mask, **options)
+    assert close(selection, expected["selection"])
+    assert close(selection.sum(-1), expected["row_sums"])
+    (selection * torch.arange(1, 1 + scores.shape[1])).sum().backward()
+    assert scores.grad is not None
+    assert close(scores.grad, expected["grad_scores"], GRADIENT_TOLERANCE)
+    another = coordinate_descent(scores, config["k"] + 0.25, config["n_iters"], mask=mask, **options)
+    assert not close(another, expected["selection"])
+
+
 def test_transformers_balance_loss() -> None:
     """Theirs counts all K choices, so it is the sum of ours over the ranks; `joint` pools the layers' tokens."""
     case = OTHER["transformers_mixtral_lb_two_layers"]
@@ -316,7 +336,9 @@ def test_transformers_balance_loss() -> None:
 
     def over_all_ranks(logits: Tensor, token_mask: Tensor) -> Tensor:
         order = logits.sort(dim=-1, descending=True, stable=True).indices
-        ranks = [losses.balance_loss(logits, order[:, k], token_mask) for k in range(inputs["top_k"])]
+        ranks = [
+            losses.balance_loss(logits.softmax(-1), order[:, k : k + 1], token_mask) for k in range(inputs["top_k"])
+        ]
         return torch.stack(ranks).sum()
 
     everything = torch.ones_like(mask)
@@ -328,7 +350,7 @@ def test_transformers_balance_loss() -> None:
     for logits in layers:
         probabilities = logits.softmax(-1)
         fraction = nn.functional.one_hot(logits.argmax(-1), 4).float().mean(0)
-        ours = losses.balance_loss(logits, logits.argmax(-1), everything)
+        ours = losses.balance_loss(logits.softmax(-1), logits.argmax(-1, keepdim=True), everything)
         assert close(ours, (4 * (fraction * probabilities.mean(0)).sum()).item())
 
 

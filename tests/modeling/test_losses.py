@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from st_moe import STMoEForCausalLM, STMoEForSequenceClassification
-from st_moe.modeling.losses import balance_loss, dropped_fraction, expert_load, router_entropy, router_z_loss
-from st_moe.modeling.routers import TopKRouter
-from st_moe.modeling.routing import Routing
+from st_moe.modeling.routing import Routing, TopKRouter, losses
+from st_moe.modeling.routing.losses import dropped_fraction, expert_load, router_entropy, router_z_loss
 from tests.families import mixture, token_ids
 from tests.modeling.reference import assert_close, difference, one_group
 
@@ -43,7 +42,12 @@ def random_case(seed: int, experts: int, groups: int, length: int) -> tuple[Tens
 
 
 def routing_of(logits: Tensor, index: Tensor, weight: Tensor, mask: Tensor, dropped: Tensor | None = None) -> Routing:
-    return Routing(logits, index, weight, dropped, mask)
+    return Routing(logits, logits.softmax(-1), index, weight, mask, dropped)
+
+
+def balance_loss(logits: Tensor, first: Tensor, mask: Tensor) -> Tensor:
+    """The first-choice loss of a softmax router."""
+    return losses.balance_loss(logits.float().softmax(-1), first[:, None], mask)
 
 
 @pytest.mark.parametrize("experts", [1, 2, 4, 7])
@@ -322,3 +326,128 @@ def test_every_head_trains_its_routers(auto: type) -> None:
     assert_close(output.loss, output.lm_loss + output.aux_loss, 1e-6)
     model.eval()
     assert torch.equal(*(model(input_ids=ids, labels=labels)[name] for name in ("loss", "lm_loss")))
+
+
+# Losses that are off by default.
+
+
+def reference_fractions(index: Tensor, rows: list[int], experts: int) -> Tensor:
+    counts = torch.zeros(experts, dtype=torch.float64)
+    for row in rows:
+        for expert in index[row].tolist():
+            counts[expert] += 1
+    return counts / max(len(rows) * index.shape[1], 1)
+
+
+@properties
+@given(st.integers(2, 5), st.integers(1, 3), st.integers(1, 6), seeds)
+def test_balance_of_all_choices(experts: int, groups: int, length: int, seed: int) -> None:
+    logits, _, mask = random_case(seed, experts, groups, length)
+    p = logits.detach().softmax(-1)
+    index = p.argsort(-1, descending=True)[:, :2]
+    terms = []
+    for g in range(groups):
+        rows = [g * length + s for s in range(length) if mask[g, s]]
+        if rows:
+            terms.append(experts * (reference_fractions(index, rows, experts) * p[rows].double().mean(0)).sum())
+    expected = torch.stack(terms).mean() if terms else torch.zeros(())
+    assert_close(losses.balance_loss(p, index, mask), expected, NEAR)
+    half = torch.tensor([True, False]).expand(index.shape)
+    first = losses.balance_loss(p, index[:, :1], mask)
+    assert_close(
+        losses.balance_loss(p, index, mask, half), first / 2, NEAR, "a fraction of all choices, half of them kept"
+    )
+
+
+@pytest.mark.parametrize(("experts", "choices"), [(4, 2), (6, 3), (5, 5), (3, 1)])
+def test_values_at_balance_and_at_collapse(experts: int, choices: int) -> None:
+    """The table of docs/routers.md."""
+    tokens = 2 * experts
+    everyone = one_group(tokens)
+    balanced = (torch.arange(tokens)[:, None] + torch.arange(choices)) % experts
+    collapsed = torch.arange(choices).expand(tokens, -1)
+    uniform = torch.full((tokens, experts), 1 / experts)
+    sure = torch.zeros(tokens, experts)
+    sure[:, :choices] = 1 / choices
+    assert losses.balance_loss(uniform, balanced, everyone).item() == pytest.approx(1)
+    assert losses.balance_loss(sure, collapsed, everyone).item() == pytest.approx(experts / choices)
+    weight = torch.full((tokens, choices), 1 / choices)
+    assert losses.importance_loss(weight, balanced, experts, everyone).item() == pytest.approx(0, abs=1e-6)
+    at_collapse = losses.importance_loss(weight, collapsed, experts, everyone).item()
+    assert at_collapse == pytest.approx(experts / choices - 1, abs=1e-6)
+    if choices >= 2:
+        assert losses.second_place_loss(uniform, balanced, everyone).item() == pytest.approx(0.5)
+        certain = torch.zeros(tokens, experts)
+        certain[:, 0], certain[:, 1] = 0.6, 0.4
+        assert losses.second_place_loss(certain, collapsed, everyone).item() == pytest.approx(experts / 2)
+
+
+@properties
+@given(st.integers(2, 5), st.integers(1, 3), st.integers(1, 6), seeds)
+def test_second_place_and_importance_against_the_formulas(experts: int, groups: int, length: int, seed: int) -> None:
+    logits, _, mask = random_case(seed, experts, groups, length)
+    p = logits.softmax(-1)
+    index = p.argsort(-1, descending=True)[:, :2]
+    rest, terms = p.detach().double().clone(), []
+    for t in range(groups * length):
+        rest[t, index[t, 0]] = 0
+        rest[t] /= rest[t].sum()
+    for g in range(groups):
+        rows = [g * length + s for s in range(length) if mask[g, s]]
+        if rows:
+            second = reference_fractions(index[:, 1:], rows, experts)
+            terms.append(0.5 * experts**2 * (second * rest[rows].mean(0)).mean())
+    expected = torch.stack(terms).mean() if terms else torch.zeros(())
+    found = losses.second_place_loss(p, index, mask)
+    assert_close(found, expected, NEAR)
+    (gradient,) = torch.autograd.grad(found, logits, retain_graph=True)
+    assert gradient.isfinite().all()
+    weight = p.gather(1, index)
+    importance = torch.zeros(experts, dtype=torch.float64)
+    for t in range(groups * length):
+        for k in range(2):
+            importance[index[t, k]] += weight[t, k].item() * bool(mask.flatten()[t])
+    variation = importance.var(unbiased=False) / (importance.mean() ** 2 + 1e-10)
+    assert_close(losses.importance_loss(weight, index, experts, mask), variation, 1e-4)
+
+
+def test_the_config_chooses_what_balance_counts() -> None:
+    ids = token_ids(3, 10)
+    found = {}
+    for count, after_drop in (("first", False), ("all", False), ("first", True)):
+        fields = {"balance_loss_count": count, "balance_loss_after_drop": after_drop}
+        model = mixture(capacity_factor=0.5, min_capacity=1, **fields).train()
+        output = model(input_ids=ids, labels=ids, output_router_logits=True)
+        found[count, after_drop] = output.balance_loss
+        assert (output.dropped_fraction > 0.1).all()
+    assert found["first", True] < 0.8 * found["first", False], "what was dropped is not counted"
+    assert difference(found["all", False], found["first", False]) > 0.01
+
+
+def test_every_loss_that_is_asked_for_is_listed_and_weighted() -> None:
+    coefficients = {
+        "balance_loss": 0.0,
+        "router_z_loss": 0.01,
+        "sequence_balance_loss": 0.1,
+        "second_place_loss": 0.2,
+        "importance_loss": 0.3,
+    }
+    model = mixture(**{f"{name}_coef": value for name, value in coefficients.items()}).train()
+    ids = token_ids()
+    output = model(input_ids=ids, labels=ids)
+    assert set(output.aux_losses) == set(coefficients)
+    expected = sum(value * output.aux_losses[name] for name, value in coefficients.items())
+    assert_close(output.loss - output.lm_loss, expected, 1e-4)
+    for name in ("sequence_balance_loss", "second_place_loss", "importance_loss"):
+        assert router_gradients(model, output.aux_losses[name]).abs().max() > 1e-5, name
+
+
+def test_layers_of_different_sizes() -> None:
+    model = mixture(num_experts=[3, 5], num_experts_per_tok=[1, 4]).train()
+    ids = token_ids()
+    output = model(input_ids=ids, labels=ids, output_router_logits=True)
+    assert [tuple(logits.shape) for logits in output.router_logits] == [(24, 3), (24, 5)]
+    assert (output.expert_load[0, 3:] == 0).all()
+    assert_close(output.expert_load.sum(-1), torch.ones(2), NEAR)
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -26,8 +26,8 @@ from transformers import (
 
 from st_moe import STMoEConfig, STMoEForCausalLM, STMoEForSequenceClassification, STMoEModel, upcycle
 from st_moe.modeling import Routing, STMoECausalLMOutput, STMoEModelOutput, STMoESequenceClassifierOutput
-from st_moe.modeling.routers import TopKRouter
-from st_moe.modeling.scope import RoutingScope, activate, active_scope, token_mask_of
+from st_moe.modeling.routing import TopKRouter
+from st_moe.modeling.routing.scope import RoutingScope, activate, active_scope, token_mask_of
 from st_moe.modeling.sparse_block import SparseBlock
 from tests.families import (
     HIDDEN,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from st_moe.modeling.routing import Routing
-from st_moe.modeling.scope import RoutingScope, activate, active_scope, checkpoint_in_scope, token_mask_of
+from st_moe.modeling.routing.scope import RoutingScope, activate, active_scope, checkpoint_in_scope, token_mask_of
 from tests.families import assert_same_gradients, gradients, mixture, token_ids
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 def a_routing() -> Routing:
     index = torch.zeros(1, 1, dtype=torch.long)
-    return Routing(torch.zeros(1, 1), index, torch.ones(1, 1), None, torch.ones(1, 1, dtype=torch.bool))
+    return Routing(torch.zeros(1, 1), torch.ones(1, 1), index, torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool))
 
 
 def test_scopes_nest_and_end() -> None:
@@ -50,12 +50,13 @@ def test_a_failed_forward_pass_leaves_no_scope_behind() -> None:
 
 def test_records_in_order_and_only_while_recording() -> None:
     scope, first, second = RoutingScope(), a_routing(), a_routing()
-    scope.record(first)
-    scope.record(second)
+    scope.record(first, {})
+    scope.record(second, {"balance_loss": torch.ones(())})
     assert scope.records[0] is first
     assert scope.records[1] is second
+    assert scope.losses == [{}, {"balance_loss": torch.ones(())}]
     silent = RoutingScope(recording=False)
-    silent.record(first)
+    silent.record(first, {})
     assert silent.records == []
 
 
@@ -128,7 +129,7 @@ def test_recomputation_sees_its_own_mask_and_records_nothing() -> None:
         scope = active_scope()
         assert scope is not None
         seen.append((scope.token_mask, scope.recording))
-        scope.record(a_routing())
+        scope.record(a_routing(), {})
         return (x * scale).sin()
 
     checkpointed = checkpoint_in_scope(lambda f, *args, **kw: checkpoint(f, *args, use_reentrant=False, **kw))

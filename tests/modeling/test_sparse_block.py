@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitNetConfig, BloomConfig, GPT2Co
 from st_moe import STMoEConfig, STMoEForCausalLM, locate_ffns
 from st_moe.modeling.experts import ModuleExperts, STMoEExperts
 from st_moe.modeling.ffn import FFNLocation
-from st_moe.modeling.scope import RoutingScope, activate
+from st_moe.modeling.routing.scope import RoutingScope, activate
 from st_moe.modeling.sparse_block import DenseFFN, SparseBlock
 from tests.families import mixture
 from tests.modeling.reference import (
@@ -70,7 +70,10 @@ def formula(block: SparseBlock, x: Tensor) -> Tensor:
     x1 = x if block.ffn_before is None else x + dense(block.ffn_before, x, normed=True)
     x2 = x1 + routed(block, x1)
     if block.shared_experts is not None:
-        x2 = x2 + dense(block.shared_experts, x1, normed=False)
+        shared = dense(block.shared_experts, x1, normed=False)
+        if block.shared_expert_gate is not None:
+            shared = shared / (1 + (-(x1 @ block.shared_expert_gate.weight[0])).exp())[..., None]
+        x2 = x2 + shared
     x3 = x2 if block.ffn_after is None else x2 + dense(block.ffn_after, x2, normed=True)
     return x3 - x
 
@@ -87,6 +90,7 @@ def parameter_gradients(output: Tensor, cotangent: Tensor, x: Tensor, block: nn.
     [
         {},
         {"num_shared_experts": 1},
+        {"num_shared_experts": 2, "shared_expert_gate": True},
         {"num_shared_experts": 3, "moe_intermediate_size": 5},
         {"ffn_before": True},
         {"ffn_after": True},
@@ -139,7 +143,13 @@ def test_widths_of_the_parts() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_fresh_extras_add_nothing(family: str) -> None:
     """Step 0 of an upcycled model: extra FFNs and shared experts are there, but their output is zero."""
-    fields = {"num_experts": 4, "ffn_before": True, "ffn_after": True, "num_shared_experts": 1}
+    fields = {
+        "num_experts": 4,
+        "ffn_before": True,
+        "ffn_after": True,
+        "num_shared_experts": 1,
+        "shared_expert_gate": True,
+    }
     config = small_config(**fields)
     if family == "gpt2":
         config = STMoEConfig.from_dense(GPT2Config(vocab_size=31, n_embd=8, n_layer=2, n_head=2), **fields)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from st_moe.modeling.routing import Routing
+from st_moe.modeling.routing.record import Routing
 
 
 class RoutingScope:
@@ -21,19 +21,39 @@ class RoutingScope:
 
     Attributes:
         token_mask: bool [B, S], True at real tokens; None until the base model has seen its inputs.
-        records: one routing per sparse layer, in the order of the layers.
+        token_ids: int64 [B, S], None where a model is fed embeddings.
+        positions: int64 [B, S], place of each token in its sequence, padding not counted; None if nobody asked.
+        with_losses: whether sparse layers compute their router's losses.
         recording: False while activation checkpointing recomputes a layer, so that nothing is recorded twice.
+        records: one routing per sparse layer, in the order of the layers.
+        losses: one dictionary of losses per sparse layer, in the same order.
     """
 
-    def __init__(self, token_mask: torch.Tensor | None = None, recording: bool = True) -> None:
+    def __init__(
+        self,
+        token_mask: torch.Tensor | None = None,
+        token_ids: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        with_losses: bool = False,
+        recording: bool = True,
+    ) -> None:
         self.token_mask = token_mask
-        self.records: list[Routing] = []
+        self.token_ids = token_ids
+        self.positions = positions
+        self.with_losses = with_losses
         self.recording = recording
+        self.records: list[Routing] = []
+        self.losses: list[dict[str, torch.Tensor]] = []
 
-    def record(self, routing: Routing) -> None:
-        """Keep one sparse layer's routing."""
+    def record(self, routing: Routing, losses: dict[str, torch.Tensor]) -> None:
+        """Keep one sparse layer's routing and losses."""
         if self.recording:
             self.records.append(routing)
+            self.losses.append(losses)
+
+    def for_recomputation(self) -> RoutingScope:
+        """A scope with the same inputs and losses to compute, which keeps nothing."""
+        return RoutingScope(self.token_mask, self.token_ids, self.positions, self.with_losses, recording=False)
 
 
 class _ScopeVariable:
@@ -95,7 +115,7 @@ def checkpoint_in_scope(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
             if active_scope() is scope:
                 return function(*inputs, **named)
             # The backward pass, long after the scope was left.
-            with activate(RoutingScope(scope.token_mask, recording=False)):
+            with activate(scope.for_recomputation()):
                 return function(*inputs, **named)
 
         return checkpoint(run, *args, **kwargs)
@@ -124,3 +144,23 @@ def token_mask_of(attention_mask: Any, batch_size: int, length: int, device: tor
     else:
         return everything
     return mask.expand(batch_size, length).to(device)
+
+
+def positions_of(attention_mask: Any, position_ids: Any, past_length: Any, token_mask: torch.Tensor) -> torch.Tensor:
+    """Place of each token in its sequence, padding not counted, however the sequence is cut into forward passes.
+
+    Args:
+        attention_mask: None, or [B, past + S]; other forms say nothing of what is padding in the past.
+        position_ids: int64 [B, S] or [S] if the caller gives them.
+        past_length: number of tokens in the cache.
+        token_mask: bool [B, S].
+
+    Returns:
+        int64 [B, S].
+    """
+    if isinstance(position_ids, torch.Tensor) and position_ids.ndim <= 2:
+        return position_ids.expand(token_mask.shape)
+    length = token_mask.shape[1]
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] >= length:
+        return ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, -length:].to(token_mask.device)
+    return (past_length + torch.arange(length, device=token_mask.device)).expand(token_mask.shape)

@@ -1,0 +1,55 @@
+"""What the benchmarks share: CPU time in interleaved rounds, peak memory of a fresh process, and the machine's name."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+import transformers
+
+
+def cpu_seconds(run: Callable[[], object], repeats: int) -> float:
+    """CPU time of one call, averaged over `repeats`."""
+    start = time.process_time()
+    for _ in range(repeats):
+        run()
+    return (time.process_time() - start) / repeats
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median CPU milliseconds of each run, measured in rounds that take every run once, each round in another order."""
+    # Short calls are repeated until one sample takes about 50 ms, or the clock's grain would show.
+    repeats = {name: max(1, int(0.05 / max(cpu_seconds(run, 2), 1e-6))) for name, run in runs.items()}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds):
+        names = list(runs)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            samples[name].append(cpu_seconds(runs[name], repeats[name]))
+    return {name: 1e3 * statistics.median(values) for name, values in samples.items()}
+
+
+def peak_mib() -> float:
+    """Peak resident set of this process so far, in MiB (Linux)."""
+    # getrusage would start from the peak of the process that started this one; the kernel's own mark starts anew.
+    with open("/proc/self/status", encoding="utf-8") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2**10
+
+
+def setting(seed: int = 0) -> str:
+    """Date, versions, machine and seed, for the line below a table."""
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    threads = torch.get_num_threads()
+    return f"{datetime.date.today()}; {versions}; {_cpu()}, {threads} thread{'s' * (threads > 1)}; seed {seed}"
+
+
+def _cpu() -> str:
+    """Name of this machine's processor."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
