@@ -3,9 +3,11 @@
 from st_moe.configuration.configuration_st_moe import (
     FFN_ATTRIBUTES,
     MIXTURE_FIELDS,
+    REFUSED_FAMILIES,
     STMoEConfig,
     dense_model_types,
     family_config,
+    num_ffn_layers,
     on_new_family,
 )
 from st_moe.configuration.routers import LOSSES, ROUTER_TYPES, RouterType
@@ -14,10 +16,12 @@ __all__ = [
     "FFN_ATTRIBUTES",
     "LOSSES",
     "MIXTURE_FIELDS",
+    "REFUSED_FAMILIES",
     "ROUTER_TYPES",
     "RouterType",
     "STMoEConfig",
     "dense_model_types",
     "family_config",
+    "num_ffn_layers",
     "on_new_family",
 ]

@@ -27,8 +27,36 @@ from st_moe.configuration.rules import layer_sizes, rule_faults, sparse_layer_in
 
 logger = logging.get_logger(__name__)
 
-#: Names under which decoder layers hold their feed-forward network as one child module.
-FFN_ATTRIBUTES = ("mlp", "feed_forward", "ffn", "mlp_block")
+#: Names under which decoder layers hold their feed-forward network as one module, tried in this order.
+FFN_ATTRIBUTES = (
+    "mlp",
+    "feed_forward",
+    "ffn.ffn",
+    "ffn",
+    "mlp_block",
+    "shared_transf.feed_forward",
+    "shared_transformer.feed_forward",
+)
+
+# Where num_hidden_layers does not count the layers with an FFN: the field that does, and how many stacks it is for.
+_LAYER_COUNTS: Mapping[str, int] = {"decoder_layers": 1, "num_decoder_layers": 1, "num_layers_per_stack": 2}
+
+# Fields that say whether a family's model has experts of its own, each with the test that it has none. Then its mixture
+# fields say nothing, and ours take their names.
+_DENSE_SWITCHES: Mapping[str, Callable[[Any], bool]] = {
+    "is_moe": lambda value: not value,
+    "enable_moe_block": lambda value: not value,
+    "layers_block_type": lambda value: value is not None and "moe" not in value,
+}
+
+#: Families that no mixture can be made from, with the reason.
+REFUSED_FAMILIES: Mapping[str, str] = {
+    **dict.fromkeys(("falcon_mamba", "mamba", "mamba2"), "its layers are a state-space mixer and hold no FFN"),
+    "rwkv": "its FFN mixes each token with the one before it, so it cannot be routed per token",
+    "reformer": "its layers are reversible: the backward pass runs them again, outside of the forward pass's routing",
+    "xlnet": "its FFN adds the residual and normalises, on tokens ordered [S, B], which no token mask [B, S] fits",
+    "zamba2": "its FFN is one for all layers with an adapter for each, chosen by an argument beside the tokens",
+}
 
 SecondExpertPolicy = Literal["all", "none", "threshold", "random"]
 
@@ -240,6 +268,8 @@ class STMoEConfig(PreTrainedConfig):
         fields = {k: v for k, v in dense_config.to_dict().items() if k not in ("model_type", "architectures")}
         fields.pop("transformers_version", None)
         family = family_config(dense_config.model_type)
+        for name in _named_mixture_fields(type(dense_config)):
+            fields.pop(name, None)
         foreign = [name for name in fields if _nearest_field(name, family)]
         if foreign:
             # A saved config with these names could not be told from one with misspelt fields.
@@ -265,14 +295,15 @@ class STMoEConfig(PreTrainedConfig):
 
     def dense_config(self) -> PreTrainedConfig:
         """Config of the dense parent: the family's fields alone."""
-        own = set(MIXTURE_FIELDS) - {f.name for f in dataclasses.fields(self.dense_config_class)}
+        dense = {f.name for f in dataclasses.fields(self.dense_config_class)}
+        own = set(MIXTURE_FIELDS) - (dense - set(_named_mixture_fields(self.dense_config_class)))
         fields = {k: v for k, v in self.to_dict().items() if k not in own | {"model_type", "architectures"}}
         return self.dense_config_class(**fields)
 
     @property
     def sparse_layer_indices(self) -> list[int]:
         """Indices of the sparse layers, ascending."""
-        return sparse_layer_indices(self.sparse_layers, self.num_hidden_layers)
+        return sparse_layer_indices(self.sparse_layers, num_ffn_layers(self))
 
     @property
     def layer_sizes(self) -> list[tuple[int, int]]:
@@ -302,7 +333,7 @@ class STMoEConfig(PreTrainedConfig):
             return None
         plan = {**dense, **self.__dict__.get("_host_tp_rules", {})}
         for prefix, rules in self._ffn_rules().items():
-            if len(self.sparse_layer_indices) == self.num_hidden_layers:
+            if len(self.sparse_layer_indices) == num_ffn_layers(self):
                 for rule in rules:
                     del plan[rule]
             plan |= {
@@ -364,7 +395,7 @@ class STMoEConfig(PreTrainedConfig):
     def validate_mixture(self) -> None:
         """Part of the host's strict validation, run at construction and at save time."""
         values = {name: getattr(self, name) for name in MIXTURE_FIELDS}
-        faults = rule_faults(values, _defaults(), self.num_hidden_layers, type(self)._is_causal(vars(self)))
+        faults = rule_faults(values, _defaults(), num_ffn_layers(self), type(self)._is_causal(vars(self)))
         if faults:
             raise ValueError("; ".join(faults))
 
@@ -397,10 +428,29 @@ class STMoEConfig(PreTrainedConfig):
                 faults.append(f"{name}: {reason}")
                 continue
             values[name] = value
-        layers_name = cls.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-        num_layers = kwargs.get("num_hidden_layers", kwargs.get(layers_name, getattr(cls, layers_name, None)))
-        layers = num_layers if isinstance(num_layers, int) else None
-        return faults + rule_faults(values, _defaults(), layers, cls._is_causal(kwargs))
+        faults += cls._own_experts(kwargs)
+        return faults + rule_faults(values, _defaults(), cls._given_layers(kwargs), cls._is_causal(kwargs))
+
+    @classmethod
+    def _given_layers(cls, kwargs: Mapping[str, Any]) -> int | None:
+        """Number of layers with an FFN, as far as the keyword arguments tell before the family fills in the rest."""
+        fields = cls.dense_config_class.__dataclass_fields__
+        count_name = next((name for name in _LAYER_COUNTS if name in fields), "num_hidden_layers")
+        field = cls.attribute_map.get(count_name, count_name)
+        given = kwargs.get(count_name, kwargs.get(field, getattr(cls, field, None)))
+        return given * _LAYER_COUNTS.get(count_name, 1) if isinstance(given, int) else None
+
+    @classmethod
+    def _own_experts(cls, kwargs: Mapping[str, Any]) -> list[str]:
+        """Faults of fields by which the dense model would have experts of its own."""
+        faults = []
+        fields = cls.dense_config_class.__dataclass_fields__
+        for name, is_dense in _DENSE_SWITCHES.items():
+            aliases = [alias for alias, field in cls.attribute_map.items() if field == name]
+            given = next((kwargs[key] for key in (name, *aliases) if key in kwargs), getattr(cls, name, None))
+            if name in fields and _named_mixture_fields(cls.dense_config_class) and not is_dense(given):
+                faults.append(f"{name}: must leave the dense model without experts of its own, got {given!r}")
+        return faults
 
     @classmethod
     def _is_causal(cls, values: Mapping[str, Any]) -> bool:
@@ -467,23 +517,51 @@ def on_new_family(listener: Callable[[type[STMoEConfig]], None]) -> None:
 _FAMILIES: dict[str, type[STMoEConfig]] = {}
 
 
+def num_ffn_layers(config: PreTrainedConfig) -> int:
+    """Number of layers that may hold an FFN: those of the decoder, in all of its stacks."""
+    counts = ((getattr(config, name, None), stacks) for name, stacks in _LAYER_COUNTS.items())
+    return next((count * stacks for count, stacks in counts if isinstance(count, int)), config.num_hidden_layers)
+
+
 @lru_cache
 def dense_model_types() -> tuple[str, ...]:
     """`model_type`s of the families that a mixture can be made from: dense, with a causal language model."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    names = []
-    for config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
-        if not config_class.sub_configs and not _mixture_fields_of(config_class):
-            names.append(config_class.model_type)
-    return tuple(sorted(set(names)))
+    names = {config_class.model_type for config_class in MODEL_FOR_CAUSAL_LM_MAPPING if not _refusal(config_class)}
+    return tuple(sorted(names))
+
+
+def _named_mixture_fields(config_class: type[PreTrainedConfig]) -> list[str]:
+    """Fields of a config of the host that are named as those of a mixture."""
+    fields = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    own = (set(MIXTURE_FIELDS) | set(STMoEConfig.attribute_map)) - {"initializer_range"}
+    return sorted(name for name in fields if name in own or "num_experts" in name)
 
 
 def _mixture_fields_of(config_class: type[PreTrainedConfig]) -> list[str]:
     """Fields by which a config of the host says that its model already is a mixture."""
-    fields = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
-    own = (set(MIXTURE_FIELDS) | set(STMoEConfig.attribute_map)) - {"initializer_range"}
-    return sorted(name for name in fields if name in own or "num_experts" in name)
+    switched = _DENSE_SWITCHES.keys() & {field.name for field in dataclasses.fields(config_class)}
+    return [] if switched else _named_mixture_fields(config_class)
+
+
+def _is_composite(config_class: type[PreTrainedConfig]) -> bool:
+    """Whether a config holds those of other models, not just those of its own parts, which have no model_type."""
+    return any(getattr(part, "model_type", None) != "" for part in config_class.sub_configs.values())
+
+
+def _refusal(config_class: type[PreTrainedConfig]) -> str:
+    """Why no mixture can be made from a family of the host, or ""."""
+    family = config_class.model_type
+    if family in REFUSED_FAMILIES:
+        return f"no mixture can be made from {family!r}: {REFUSED_FAMILIES[family]}"
+    if _is_composite(config_class):
+        text = [name for name in CONFIG_MAPPING if name.startswith(f"{family}_text")]
+        return f"{family!r} is a composite of several models" + (f"; use its text model: {text[0]!r}" if text else "")
+    taken = [name for part in (config_class, *config_class.sub_configs.values()) for name in _mixture_fields_of(part)]
+    if taken:
+        return f"must be a dense family, got {family!r}, whose config already has {', '.join(taken)}"
+    return ""
 
 
 def _dense_config_class(dense_model_type: str) -> type[PreTrainedConfig]:
@@ -493,16 +571,9 @@ def _dense_config_class(dense_model_type: str) -> type[PreTrainedConfig]:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"dense_model_type: must be a model_type of Transformers, got {dense_model_type!r}{hint}")
     config_class = CONFIG_MAPPING[dense_model_type]
-    if config_class.sub_configs:
-        text = [name for name in dense_model_types() if name.startswith(f"{dense_model_type}_text")]
-        hint = f"; use its text model: {text[0]!r}" if text else ""
-        raise ValueError(f"dense_model_type: {dense_model_type!r} is a composite of several models{hint}")
-    taken = _mixture_fields_of(config_class)
-    if taken:
-        raise ValueError(
-            f"dense_model_type: must be a dense family, got {dense_model_type!r}, whose config already has "
-            f"{', '.join(taken)}"
-        )
+    refusal = _refusal(config_class)
+    if refusal:
+        raise ValueError(f"dense_model_type: {refusal}")
     return config_class
 
 

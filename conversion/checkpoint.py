@@ -7,10 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from st_moe.configuration import STMoEConfig
+from st_moe.conversion.tensor_files import StoredTensor, read_header, without_duplicates
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -34,8 +37,32 @@ def check_checkpoint(source: str | Path, *, needs_weights: bool = True) -> None:
     if not folder.is_dir():
         raise ValueError(f"source: must be a checkpoint folder, but {source} is a file")
     _check_config(folder)
-    for shard in _shards(folder, needs_weights):
-        _check_shard(shard)
+    checkpoint_tensors(folder, needed=needs_weights)
+
+
+def checkpoint_tensors(folder: Path, needed: bool = True) -> dict[str, StoredTensor]:
+    """Where each tensor of a checkpoint lies, by its name in the checkpoint; only headers are read.
+
+    Args:
+        folder: of the checkpoint.
+        needed: whether a folder without any weights is refused.
+
+    Raises:
+        ValueError: when files and index are not whole, or do not agree.
+    """
+    listed = _index(folder)
+    names = sorted(set(listed.values())) if listed else _single(folder, needed)
+    found: dict[str, StoredTensor] = {}
+    for name in names:
+        for key, tensor in read_header(_inside(folder, name)).items():
+            if key in found:
+                both = f"{Path(found[key].path).name} and {name}"
+                raise ValueError(f"source: a tensor must be stored once, but {both} in {folder} both hold {key!r}")
+            found[key] = tensor
+    for key, name in (listed or {}).items():
+        if key not in found or Path(found[key].path).name != name:
+            raise ValueError(f"source: {folder / INDEX_NAME} says that {name!r} holds {key!r}, which it does not")
+    return found
 
 
 def dense_config(source: str | Path) -> PreTrainedConfig:
@@ -91,49 +118,77 @@ def _saved_config(source: str | Path) -> dict[str, Any]:
 
 def _check_config(folder: Path) -> None:
     config = folder / "config.json"
-    if not config.is_file():
+    if not config.exists():
         raise ValueError(f"source: must hold config.json, but {folder} does not")
+    if not isinstance(_read_json(_inside(folder, "config.json")), dict):
+        raise ValueError(f"source: {config} must be a JSON object, got {type(_read_json(config)).__name__}")
+
+
+def _read_json(path: Path) -> Any:
+    """What a JSON file of a checkpoint says.
+
+    Raises:
+        ValueError: when it is none, or names something twice.
+    """
     try:
-        found = json.loads(config.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"source: {config} must be JSON, but {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"source: {config} must be a JSON object, got {type(found).__name__}")
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
+    except OSError as error:
+        raise ValueError(f"source: {path} must be a readable file, but {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"source: {path} must be JSON, but {error}") from None
 
 
-def _shards(folder: Path, needed: bool) -> list[Path]:
-    """Weight files of a checkpoint, as its index names them; none only if none are needed."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"source: {index} must be a JSON object with a weight_map, but {error!r}") from None
-        if not names:
-            raise ValueError(f"source: {index} must name at least one file, got an empty weight_map")
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise ValueError(f"source: {index} must name files of its own folder, got {name!r}")
-            if not (folder / name).is_file():
-                raise ValueError(f"source: {index} names {name!r}, which is missing from {folder}")
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
+def _inside(folder: Path, name: str) -> Path:
+    """A file of a checkpoint, which may be a link only to a file of the same folder or of the Hub's cache.
+
+    Raises:
+        ValueError: when it is missing, no file, or a link that leads elsewhere.
+    """
+    path = folder / name
+    # In the Hub's cache the files of `<model>/snapshots/<revision>` are links into `<model>/blobs`.
+    cache = folder.absolute().parent.parent / "blobs" if folder.absolute().parent.name == "snapshots" else folder
+    homes = {folder.resolve(), cache.resolve()}
+    if path.is_symlink() and not homes & set(path.resolve().parents):
+        raise ValueError(f"source: {path} must lie in its own folder, but is a link to {path.resolve()}")
+    if not path.exists():
+        raise ValueError(f"source: {folder} must hold {name!r}, which its index names, but the file is missing")
+    if not path.is_file():
+        raise ValueError(f"source: {path} must be a file, but is none")
+    return path
+
+
+def _index(folder: Path) -> dict[str, str] | None:
+    """The file of each tensor, as the checkpoint's index says; None without an index."""
+    index = folder / INDEX_NAME
+    if not index.exists() and not index.is_symlink():
+        return None
+    found = _read_json(_inside(folder, INDEX_NAME))
+    listed = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(listed, dict):
+        raise ValueError(f"source: {index} must be a JSON object with a weight_map, but it is not")
+    if not listed:
+        raise ValueError(f"source: {index} must name at least one file, got an empty weight_map")
+    for name in listed.values():
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise ValueError(f"source: {index} must name safetensors files of its own folder, got {name!r}")
+        if not (folder / name).exists():
+            raise ValueError(f"source: {index} names {name!r}, which is missing from {folder}")
+    return listed
+
+
+def _single(folder: Path, needed: bool) -> list[str]:
+    """The one weight file of a checkpoint without an index, as a list; empty only if none is needed."""
+    single = folder / WEIGHTS_NAME
+    if single.exists() or single.is_symlink():
+        return [WEIGHTS_NAME]
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ValueError(
             f"source: weights must be safetensors, but {folder} holds pickles ({', '.join(pickles)}), which can run "
-            "code when loaded; if you trust them, load with Transformers and save_pretrained() to get safetensors"
+            "code when loaded; if you trust them, convert them with: python -c \"from transformers import "
+            f"AutoModelForCausalLM as M; M.from_pretrained({str(folder)!r}, dtype='auto', use_safetensors=False)"
+            ".save_pretrained('converted')\""
         )
     if needed:
-        raise ValueError(f"source: must hold model.safetensors or its index, but {folder} holds neither")
+        raise ValueError(f"source: must hold {WEIGHTS_NAME} or its index, but {folder} holds neither")
     return []
-
-
-def _check_shard(shard: Path) -> None:
-    try:
-        with safe_open(shard, framework="pt") as opened:
-            opened.keys()
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"source: {shard} must be a whole safetensors file, but {error}") from None

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
-from typing import Any, NamedTuple
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from st_moe.configuration import STMoEConfig
-from st_moe.modeling.ffn import FFNLocation
+from st_moe.conversion.partition import PARTITIONS
+
+if TYPE_CHECKING:
+    # Model classes would cost a streaming conversion a hundred megabytes.
+    from st_moe.modeling.ffn import FFNLocation
 
 
 class FFNTensors(NamedTuple):
@@ -83,8 +87,7 @@ def noise(
     Raises:
         ValueError: when scale is negative or not finite, or fraction outside [0, 1].
     """
-    scale = _number("scale", scale, "must be finite and not negative", most=torch.finfo(torch.float32).max)
-    fraction = _number("fraction", fraction, "must be in [0, 1]", most=1)
+    scale, fraction = _checked("scale", scale), _checked("fraction", fraction)
     experts = _copies(sources[0], num_experts)
     for weight in experts[:2]:
         for expert in weight:
@@ -95,29 +98,181 @@ def noise(
 
 
 def drop(
-    sources: Sequence[FFNTensors], num_experts: int, generator: torch.Generator, *, ratio: float = 0.5
+    sources: Sequence[FFNTensors],
+    num_experts: int,
+    generator: torch.Generator,
+    *,
+    ratio: float = 0.5,
+    shared_set: bool = True,
 ) -> LayerTensors:
     """Drop-Upcycling: per expert, a random set of floor(ratio * I) neurons is drawn anew (Nakamura et al. 2025).
 
-    One set of neurons is shared by gate, up and down; their weights are drawn from a normal distribution with the mean
-    and standard deviation of the weights they replace, matrix by matrix. Biases are kept.
+    One set of neurons is shared by gate, up and down, as in the paper; with `shared_set=False` each matrix has its own,
+    as in the published code, so that a share of about 1 - (1 - ratio)^(P + 1) of the neurons is touched. The weights
+    are drawn from a normal distribution with the mean and standard deviation of those they replace, matrix by matrix.
+    Biases are kept.
 
     Raises:
         ValueError: when ratio is outside [0, 1].
     """
-    ratio = _number("ratio", ratio, "must be in [0, 1]", most=1)
+    ratio, shared_set = _checked("ratio", ratio), _checked("shared_set", shared_set)
     experts = _copies(sources[0], num_experts)
-    width = sources[0].w_out.shape[1]
+    width = _width(sources[0])
     count = int(ratio * width)
     if count == 0:
         return LayerTensors(experts)
+
+    def drawn() -> Tensor:
+        return torch.randperm(width, generator=generator)[:count].to(experts.w_in.device)
+
     for w_in, w_out in zip(experts.w_in, experts.w_out, strict=True):
-        neurons = torch.randperm(width, generator=generator)[:count].to(w_in.device)
-        for matrix in (*w_in.split(width), w_out.t()):
+        neurons = drawn()
+        for number, matrix in enumerate((*w_in.split(width), w_out.t())):
+            neurons = neurons if shared_set or number == 0 else drawn()
             replaced = matrix[neurons].float()
             draw = torch.randn(replaced.shape, generator=generator).to(replaced)
             matrix[neurons] = (replaced.mean() + replaced.std() * draw).to(matrix)
     return LayerTensors(experts)
+
+
+def split(
+    sources: Sequence[FFNTensors],
+    num_experts: int,
+    generator: torch.Generator,
+    *,
+    num_experts_per_tok: int,
+    partition: str = "random",
+    rescale: float | None = None,
+) -> LayerTensors:
+    """Each neuron goes to one of E experts of width I / E (Zhu et al. 2024, LLaMA-MoE).
+
+    The weights of the out-projection are multiplied by `rescale`; None is E / K, LLaMA-MoE's factor. With combine
+    weights that sum to 1, E / K leaves each chosen neuron E / K^2 times what it was, if the K weights are equal; a
+    factor of K leaves it as it was; a factor of E keeps the mean of the output over random choices. Step 0 keeps the
+    function only if K = E, all weights are 1 / E (routers of zeros) and the factor is E. The bias of the out-projection
+    is kept in every expert, for it is averaged.
+
+    Args:
+        partition: a key of `PARTITIONS`.
+
+    Raises:
+        ValueError: when E does not divide I, or an option is at fault.
+    """
+    factor = _checked("rescale", rescale)
+    sets = _parts(sources[0], num_experts, partition, generator)
+    return LayerTensors(_shards(sources[0], sets, num_experts / num_experts_per_tok if factor is None else factor))
+
+
+def granular(
+    sources: Sequence[FFNTensors],
+    num_experts: int,
+    generator: torch.Generator,
+    *,
+    num_experts_per_tok: int,
+    granularity: int = 2,
+    weighting: str = "post_softmax",
+    spread: int = 1,
+) -> LayerTensors:
+    """Virtual groups: E / G copies of the FFN, each cut into G experts of width I / G (He et al. 2024).
+
+    Expert i holds shard i mod G of copy i // G, and the shards of a copy share one router row. Their logits are equal,
+    so the K best experts are K / G whole copies, and the experts' order keeps copies together when rows are equal too.
+    A factor s makes up for what a shard weighs in the sum:
+
+    - `"post_softmax"`, for weights that sum to 1 (`norm_topk_prob=True`): s = G. Exact for any router.
+    - `"pre_softmax"`, for `norm_topk_prob=False`: s = E * G / K. Exact where every probability is 1 / E, as with routers
+      of zeros, and close to it for small router weights. (The paper writes E G^2 / K with E the copies.)
+
+    The out-projection is multiplied by s^(1 / spread), and so is the in-projection if `spread` is not 1. NVIDIA's own
+    is 3 for gated FFNs and squared ReLU, 2 for others; that is the factor s only for squared ReLU (3) and ReLU (2).
+    The bias of the out-projection is multiplied by what all K experts of a token together lack of it: 1, or E / K.
+
+    Args:
+        granularity: G.
+        weighting, spread: as above; a spread of 1 to 3.
+
+    Raises:
+        ValueError: when G does not divide I, E and K, or an option is at fault.
+    """
+    granularity, weighting = _checked("granularity", granularity), _checked("weighting", weighting)
+    root = 1 / _checked("spread", spread)
+    _check_groups(granularity, num_experts, num_experts_per_tok)
+    lacking = 1.0 if weighting == "post_softmax" else num_experts / num_experts_per_tok
+    factor = (granularity * lacking) ** root
+    shards = _shards(sources[0], _parts(sources[0], granularity, "first", generator), factor, bias_factor=lacking)
+    if spread != 1:
+        shards = shards._replace(w_in=shards.w_in * factor, b_in=None if shards.b_in is None else shards.b_in * factor)
+    copies = num_experts // granularity
+    experts = _each(shards, lambda tensor: tensor.repeat(copies, *(1,) * (tensor.ndim - 1)))
+    first = torch.arange(num_experts) // granularity * granularity
+    return LayerTensors(experts, router=first)
+
+
+def shared(
+    sources: Sequence[FFNTensors],
+    num_experts: int,
+    generator: torch.Generator,
+    *,
+    num_experts_per_tok: int,
+    num_shared: int = 1,
+    routed: str = "copy",
+    partition: str = "first",
+    rescale: float | None = None,
+) -> LayerTensors:
+    """Part of the neurons becomes a shared expert that every token passes; the rest becomes the routed experts.
+
+    With `routed="copy"`, S + 1 sets of I / (S + 1) neurons: S are shared, and every expert is a copy of the last; step
+    0 keeps the function if the combine weights sum to 1 and the shared output is not gated. With `"split"`, S + E sets
+    of I / (S + E) neurons: S are shared, each expert has one; the out-projections of the experts are multiplied by
+    `rescale` and the function is moved as by `split`. Of sets found by k-means, those with the largest neurons (by the
+    sum of |in-rows| * |out-column|) are shared. The out-bias goes to the routed experts. After Qwen2-MoE (Yang et al.
+    2024), whose shared experts are random shards, and LLaMA-MoE v2's residual expert.
+
+    Args:
+        num_shared: S, in expert widths.
+        routed: `"copy"` or `"split"`.
+        partition: a key of `PARTITIONS`; `"first"` shares the first neurons.
+        rescale: as for `split`; copies have none.
+
+    Raises:
+        ValueError: when the number of sets does not divide I, or an option is at fault.
+    """
+    ffn = sources[0]
+    num_shared, routed, factor = (
+        _checked(name, value) for name, value in (("num_shared", num_shared), ("routed", routed), ("rescale", rescale))
+    )
+    copies = routed == "copy"
+    if factor is None:
+        factor = 1.0 if copies else num_experts / num_experts_per_tok
+    sets = _parts(ffn, num_shared + (1 if copies else num_experts), partition, generator)
+    if partition == "kmeans":
+        sets = sets[_sizes(ffn)[sets].sum(1).argsort(descending=True, stable=True)]
+    always = _take(ffn, sets[:num_shared].flatten())
+    always = always._replace(b_out=None if ffn.b_out is None else torch.zeros_like(ffn.b_out))
+    if copies:
+        return LayerTensors(_copies(_take(ffn, sets[num_shared]), num_experts), always)
+    return LayerTensors(_shards(ffn, sets[num_shared:], factor), always)
+
+
+def merge(
+    sources: Sequence[FFNTensors], num_experts: int, generator: torch.Generator, *, rest: str = "average"
+) -> LayerTensors:
+    """Expert i is the FFN of model i mod M: Branch-Train-MiX (Sukhbaatar et al. 2024).
+
+    Step 0 keeps the function only if the models are equal.
+
+    Args:
+        rest: what becomes of everything else, the models' `"average"` or the `"first"` model's; no concern of the
+            experts.
+
+    Raises:
+        ValueError: when the number of models does not divide E.
+    """
+    _checked("rest", rest)
+    _check_models(num_experts, len(sources))
+    columns = ([sources[i % len(sources)][field] for i in range(num_experts)] for field in range(len(sources[0])))
+    stacked = (None if column[0] is None else torch.stack(column) for column in columns)  # type: ignore[arg-type]
+    return LayerTensors(FFNTensors(*stacked))  # type: ignore[arg-type]
 
 
 class Recipe(NamedTuple):
@@ -152,8 +307,36 @@ def _keeps_width(options: Mapping[str, Any], fields: Mapping[str, Any], width: i
     return {}
 
 
+def _fields_of_split(options: Mapping[str, Any], fields: Mapping[str, Any], width: int) -> dict[str, Any]:
+    experts, _ = _sizes_given(fields)
+    return {"moe_intermediate_size": _part_of(width, experts)}
+
+
+def _fields_of_granular(options: Mapping[str, Any], fields: Mapping[str, Any], width: int) -> dict[str, Any]:
+    granularity = _checked("granularity", options.get("granularity", 2))
+    _check_groups(granularity, *_sizes_given(fields))
+    return {"moe_intermediate_size": _part_of(width, granularity)}
+
+
+def _fields_of_shared(options: Mapping[str, Any], fields: Mapping[str, Any], width: int) -> dict[str, Any]:
+    num_shared, copies = _checked("num_shared", options.get("num_shared", 1)), options.get("routed", "copy") == "copy"
+    parts = num_shared + (1 if copies else _sizes_given(fields)[0])
+    return {"moe_intermediate_size": _part_of(width, parts), "num_shared_experts": num_shared}
+
+
 def _of_copies(options: Mapping[str, Any], config: STMoEConfig) -> bool:
     return config.combine_weights_sum_to_one
+
+
+def _of_whole_groups(options: Mapping[str, Any], config: STMoEConfig) -> bool:
+    ties_stay = config.router_type in ("top_k", "noisy_top_k", "sigmoid_top_k") and config.n_group == 1
+    exact = options.get("weighting", "post_softmax") == "post_softmax" and options.get("spread", 1) == 1
+    return ties_stay and exact and config.combine_weights_sum_to_one
+
+
+def _of_shared_and_copies(options: Mapping[str, Any], config: STMoEConfig) -> bool:
+    whole = options.get("routed", "copy") == "copy" and options.get("rescale") in (None, 1)
+    return whole and config.combine_weights_sum_to_one and not config.shared_expert_gate
 
 
 def _never(options: Mapping[str, Any], config: STMoEConfig) -> bool:
@@ -164,6 +347,10 @@ RECIPES: dict[str, Recipe] = {
     "copy": Recipe(copy, _of_copies, _keeps_width),
     "noise": Recipe(noise, _never, _keeps_width),
     "drop": Recipe(drop, _never, _keeps_width),
+    "split": Recipe(split, _never, _fields_of_split),
+    "granular": Recipe(granular, _of_whole_groups, _fields_of_granular),
+    "shared": Recipe(shared, _of_shared_and_copies, _fields_of_shared),
+    "merge": Recipe(merge, _never, _keeps_width),
 }
 
 # The keyword by which a recipe's function asks for the number of choices per token; no option of the user's.
@@ -188,15 +375,14 @@ def check_recipe(name: str, options: Mapping[str, Any]) -> Recipe:
 
 
 def try_recipe(name: str, options: Mapping[str, Any]) -> Recipe:
-    """The recipe of that name, once it has made an expert of a tiny FFN with these options.
-
-    So a faulty option shows before anything large is read or built.
+    """The recipe of that name, if it takes these options and each value is one that it may have.
 
     Raises:
         ValueError: when the name, an option or its value is at fault.
     """
     recipe = check_recipe(name, options)
-    recipe.make([FFNTensors(torch.zeros(4, 2), torch.zeros(2, 4))], 1, 1, torch.Generator(), options)
+    for option, value in options.items():
+        _checked(option, value)
     return recipe
 
 
@@ -210,15 +396,147 @@ def _each(ffn: FFNTensors, function: Callable[[Tensor], Tensor]) -> FFNTensors:
     return FFNTensors(*(None if tensor is None else function(tensor) for tensor in ffn))  # type: ignore[arg-type]
 
 
-def _number(name: str, value: Any, rule: str, most: float) -> float:
-    """An option's value as a float.
+def _width(ffn: FFNTensors) -> int:
+    return ffn.w_out.shape[-1]
+
+
+def _take(ffn: FFNTensors, neurons: Tensor) -> FFNTensors:
+    """An FFN of some neurons of another, with its out-bias."""
+    neurons = neurons.to(ffn.w_in.device)
+    w_in, b_in = (
+        None if tensor is None else tensor.unflatten(0, (-1, _width(ffn)))[:, neurons].flatten(0, 1)
+        for tensor in (ffn.w_in, ffn.b_in)
+    )
+    return FFNTensors(w_in, ffn.w_out[:, neurons], b_in, ffn.b_out)  # type: ignore[arg-type]
+
+
+def _shards(ffn: FFNTensors, sets: Tensor, factor: float, bias_factor: float = 1.0) -> FFNTensors:
+    """An expert for each set of neurons [n, width], the out-projection and its bias multiplied by the factors."""
+    shards = [_take(ffn, neurons) for neurons in sets]
+    w_in = torch.stack([shard.w_in for shard in shards])
+    w_out = torch.stack([shard.w_out for shard in shards]) * factor
+    if ffn.b_in is None or ffn.b_out is None:
+        return FFNTensors(w_in, w_out)
+    b_in = torch.stack([shard.b_in for shard in shards])  # type: ignore[misc]
+    return FFNTensors(w_in, w_out, b_in, (ffn.b_out * bias_factor).repeat(len(sets), 1))
+
+
+def _parts(ffn: FFNTensors, parts: int, partition: str, generator: torch.Generator) -> Tensor:
+    """Sets of neurons, int64 [parts, I / parts]."""
+    _part_of(_width(ffn), parts)
+    return PARTITIONS[_checked("partition", partition)](ffn.w_in.unflatten(0, (-1, _width(ffn))), parts, generator)
+
+
+def _sizes(ffn: FFNTensors) -> Tensor:
+    """How large a neuron's part in the output can be: norm of its in-rows times norm of its out-column, [I]."""
+    rows = ffn.w_in.float().unflatten(0, (-1, _width(ffn))).norm(dim=-1).prod(0)
+    return (rows * ffn.w_out.float().norm(dim=0)).cpu()
+
+
+def _part_of(width: int, parts: int) -> int:
+    """The width of one of equal parts.
 
     Raises:
-        ValueError: when it is not a real number (a bool is none) in [0, most]; the message says `rule`.
+        ValueError: when there are no equal parts.
     """
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    if not real:
-        raise ValueError(f"recipe_options: {name} must be a real number, got {value!r}")
-    if not 0 <= value <= most:  # NaN is in no range
-        raise ValueError(f"recipe_options: {name} {rule}, got {value!r}")
-    return float(value)
+    if width % parts:
+        raise ValueError(
+            f"recipe: the dense FFN's width must be a multiple of the {parts} parts that it is cut into, got {width}; "
+            "choose num_experts or the recipe's options accordingly"
+        )
+    return width // parts
+
+
+def _check_groups(granularity: int, experts: int, choices: int) -> None:
+    for name, value in (("num_experts", experts), ("num_experts_per_tok", choices)):
+        if value % granularity:
+            raise ValueError(
+                f"{name}: must be a multiple of the granularity {granularity}, so that whole copies are chosen, got "
+                f"{value}"
+            )
+
+
+def _check_models(experts: int, models: int) -> None:
+    if experts % models:
+        raise ValueError(f"num_experts: must be a multiple of the {models} models that are merged, got {experts}")
+
+
+def _sizes_given(fields: Mapping[str, Any]) -> tuple[int, int]:
+    """E and K of the mixture's fields, which layers must share.
+
+    Raises:
+        ValueError: when they differ between layers.
+    """
+    sizes = []
+    for name in ("num_experts", "num_experts_per_tok"):
+        value = fields.get(name, getattr(STMoEConfig, name))
+        each = set(value) if isinstance(value, list | tuple) else {value}
+        if len(each) > 1:
+            raise ValueError(f"{name}: must be the same in every layer for a recipe that cuts the FFN, got {value!r}")
+        sizes.append(each.pop())
+    return sizes[0], sizes[1]
+
+
+def _number(rule: str, least: float, most: float) -> Callable[[str, Any], float]:
+    """A check for real numbers (a bool is none) in a closed range; the message says `rule`."""
+
+    def check(name: str, value: Any) -> float:
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise ValueError(f"recipe_options: {name} must be a real number, got {value!r}")
+        if not least <= value <= most:  # NaN is in no range
+            raise ValueError(f"recipe_options: {name} {rule}, got {value!r}")
+        return float(value)
+
+    return check
+
+
+def _count(least: int, most: float) -> Callable[[str, Any], int]:
+    """A check for whole numbers in a closed range."""
+
+    def check(name: str, value: Any) -> int:
+        if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
+            upper = "" if most == float("inf") else f" and at most {most}"
+            raise ValueError(f"recipe_options: {name} must be a whole number of at least {least}{upper}, got {value!r}")
+        return int(value)
+
+    return check
+
+
+def _one_of(*values: Any) -> Callable[[str, Any], Any]:
+    """A check for one of some values of one type."""
+
+    def check(name: str, value: Any) -> Any:
+        if type(value) is not type(values[0]) or value not in values:
+            raise ValueError(f"recipe_options: {name} must be one of {', '.join(map(str, values))}, got {value!r}")
+        return value
+
+    return check
+
+
+_LARGEST = torch.finfo(torch.float32).max
+_POSITIVE = _number("must be finite and positive, or None", torch.finfo(torch.float32).tiny, _LARGEST)
+
+#: What the options of all recipes may be; an option means the same in every recipe that has it.
+_OPTIONS: dict[str, Callable[[str, Any], Any]] = {
+    "scale": _number("must be finite and not negative", 0, _LARGEST),
+    "fraction": _number("must be in [0, 1]", 0, 1),
+    "ratio": _number("must be in [0, 1]", 0, 1),
+    "shared_set": _one_of(True, False),
+    "partition": _one_of(*PARTITIONS),
+    "rescale": lambda name, value: None if value is None else _POSITIVE(name, value),
+    "granularity": _count(1, float("inf")),
+    "weighting": _one_of("post_softmax", "pre_softmax"),
+    "spread": _count(1, 3),
+    "num_shared": _count(1, float("inf")),
+    "routed": _one_of("copy", "split"),
+    "rest": _one_of("average", "first"),
+}
+
+
+def _checked(name: str, value: Any) -> Any:
+    """An option's value, if it is one that it may have.
+
+    Raises:
+        ValueError: with the option, the rule and the value.
+    """
+    return _OPTIONS[name](name, value)

@@ -241,6 +241,13 @@ def fill_block(
     like = sources[0].w_in
     experts = block.experts
     _fill_router(block.gate, like, router_std, generator)
+    for extra in (block.shared_experts, block.ffn_before, block.ffn_after):
+        if extra is not None:
+            _fill_extra(extra, like, block.initializer_range, generator)
+    if block.shared_expert_gate is not None:
+        gate = torch.randn(block.shared_expert_gate.weight.shape, generator=generator) * block.initializer_range
+        block.shared_expert_gate.weight = nn.Parameter(gate.to(like))
+    # The recipe draws last: streaming makes all the rest of a block apart from the experts.
     made = recipe.make(sources, experts.num_experts, block.gate.top_k, generator, options)
     names = (experts.in_name, "down_proj", f"{experts.in_name}_bias", "down_proj_bias")
     for name, tensor in zip(names, made.experts, strict=True):
@@ -250,14 +257,8 @@ def fill_block(
         experts.multiplicative_bias = nn.Parameter(like.new_ones(experts.multiplicative_bias.shape))
     if made.router is not None:
         _share_rows(block.gate, made.router)
-    for extra in (block.shared_experts, block.ffn_before, block.ffn_after):
-        if extra is not None:
-            _fill_extra(extra, like, block.initializer_range, generator)
     if block.shared_experts is not None and made.shared is not None:
         _fill_shared(block.shared_experts, made.shared)
-    if block.shared_expert_gate is not None:
-        gate = torch.randn(block.shared_expert_gate.weight.shape, generator=generator) * block.initializer_range
-        block.shared_expert_gate.weight = nn.Parameter(gate.to(like))
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ class AdaptiveExperts(TrainerCallback, ExportableState):
             dist.all_reduce(step)
         self.sums = step if self.sums is None else self.sums.to(device) + step
 
-    def _update(self, blocks: list[SparseBlock], optimizer: Any) -> None:
+    def _update(self, blocks: list[Any], optimizer: Any) -> None:
         """Change every layer by what the cycle has recorded."""
         if self.sums is None:
             return
@@ -186,7 +186,7 @@ def _top_any_blocks(model: nn.Module) -> list[Any]:
 
 def _forget_slot(optimizer: Any, block: SparseBlock, slot: int) -> None:
     """Zero what an optimizer keeps of one slot's row, threshold and expert."""
-    modules = [block.gate]
+    modules: list[nn.Module] = [block.gate]
     if isinstance(block.experts, nn.ModuleList):
         for parameter in block.experts[slot].parameters():
             _zero_state(optimizer, parameter, ...)

@@ -58,6 +58,21 @@ class Family:
             setattr(self, public.__name__, model_class)
             auto_class.register(config_class, model_class)
 
+    def __getattr__(self, name: str) -> type[STMoEPreTrainedModel]:
+        # A base model that only heads have, such as the decoder of an encoder-decoder model, under its dense name.
+        heads = [vars(self).get(public.__name__) for public, _, _ in _KINDS]
+        modules = [sys.modules[head.dense_class.__module__] for head in heads if head is not None]
+        dense = next((found for module in modules if (found := getattr(module, name, None))), None)
+        if not (inspect.isclass(dense) and issubclass(dense, PreTrainedModel)):
+            raise AttributeError(f"{type(self).__name__} {self.dense_model_type!r} has no attribute {name!r}")
+        setattr(self, name, _derive(STMoEModel, dense, self.STMoEConfig, name))
+        return vars(self)[name]
+
+    def base_class(self, dense: type[PreTrainedModel]) -> type[STMoEPreTrainedModel]:
+        """The family's class for the dense class of a head's base model."""
+        usual = vars(self).get("STMoEModel")
+        return usual if usual is not None and usual.dense_class is dense else getattr(self, dense.__name__)
+
     def model_class(self, name: str) -> type[STMoEPreTrainedModel]:
         """The family's class under a public name.
 
@@ -71,11 +86,14 @@ class Family:
 
 
 def _derive(
-    public: type[STMoEPreTrainedModel], dense: type[PreTrainedModel], config_class: type[STMoEConfig]
+    public: type[STMoEPreTrainedModel],
+    dense: type[PreTrainedModel],
+    config_class: type[STMoEConfig],
+    name: str | None = None,
 ) -> type[STMoEPreTrainedModel]:
-    """A family's class: the public class's behaviour on the dense class."""
+    """A family's class: the public class's behaviour on the dense class; `name` is its place in `Family`."""
     signature = inspect.signature(dense.forward)
-    names = tuple(name for name, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
+    names = tuple(key for key, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
 
     @wraps(dense.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -86,7 +104,7 @@ def _derive(
     forward.__annotations__ = {**dense.forward.__annotations__, "return": output, "output_router_logits": bool | None}
     namespace: dict[str, Any] = {
         "__module__": __name__,
-        "__qualname__": f"{config_class.dense_model_type}.{public.__name__}",
+        "__qualname__": f"{config_class.dense_model_type}.{name or public.__name__}",
         "__doc__": public.__doc__,
         "config_class": config_class,
         "dense_class": dense,
@@ -104,7 +122,7 @@ def _derive(
 
 def _with_router_logits(signature: inspect.Signature, output: type) -> inspect.Signature:
     """The dense signature with `output_router_logits` added, as tools that read signatures should see it."""
-    parameters = list(signature.parameters.values())
+    parameters = [p for name, p in signature.parameters.items() if name != "output_router_logits"]
     extra = inspect.Parameter("output_router_logits", inspect.Parameter.KEYWORD_ONLY, default=None)
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     return inspect.Signature([*parameters[:at], extra, *parameters[at:]], return_annotation=output)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from st_moe.configuration import FFN_ATTRIBUTES
+from st_moe.configuration import FFN_ATTRIBUTES, num_ffn_layers
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,26 @@ LAYOUTS: tuple[FFNLayout, ...] = (
     FFNLayout(("fc_in",), "fc_out", gated=False),
     FFNLayout(("c_fc",), "c_proj", gated=False),
     FFNLayout(("dense_h_to_4h",), "dense_4h_to_h", gated=False),
+    FFNLayout(("w_in.w_0", "w_in.w_1"), "w_out", gated=True),
+    FFNLayout(("lin1",), "lin2", gated=False),
+    FFNLayout(("intermediate",), "output", gated=False),
+    FFNLayout(("0",), "2", gated=False),
     FFNLayout(("intermediate.dense",), "output.dense", gated=False),
 )
 
+#: Names that layers give to parts of any kind: an FFN only where a row of `LAYOUTS` matches.
+SHARED_ATTRIBUTES = ("mixer",)
+
 #: Names under which FFNs keep their activation, and the dropout of their output.
-ACTIVATION_ATTRIBUTES = ("act_fn", "activation_fn", "act", "gelu_impl", "intermediate.intermediate_act_fn")
+ACTIVATION_ATTRIBUTES = (
+    "act_fn",
+    "activation_fn",
+    "act",
+    "gelu_impl",
+    "intermediate.intermediate_act_fn",
+    "w_in.act",
+    "1",
+)
 ACTIVATION_FIELDS = ("hidden_activation", "hidden_act", "activation_function", "activation", "ffn_activation")
 OUTPUT_DROPOUT_ATTRIBUTES = ("dropout", "hidden_dropout", "residual_dropout")
 
@@ -113,16 +128,26 @@ class FFNLocation:
         return f"layer {self.layer}: {self.path} ({parts}, {activation}, {size})"
 
 
-def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
-    """Dotted name and list of the decoder layers: the first list of num_hidden_layers modules that hold FFNs."""
-    num_layers = model.config.num_hidden_layers
-    fallback = None
+def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """Dotted name and module of each decoder layer: the lists of modules that hold FFNs, in order.
+
+    Raises:
+        ValueError: when these are not as many as the config says.
+    """
+    count = num_ffn_layers(model.config)
+    stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            if any(_find_in_layer(layer) is not None for layer in module):
-                return name, module
-            fallback = fallback or (name, module)
-    return fallback
+        inner = any(name.startswith(f"{outer}.") for outer in stacks)
+        if isinstance(module, nn.ModuleList) and not inner and any(_find_in_layer(layer) for layer in module):
+            stacks[name] = module
+    found = [(f"{name}.{index}", layer) for name, stack in stacks.items() for index, layer in enumerate(stack)]
+    if len(found) != count:
+        sizes = ", ".join(f"{name} ({len(stack)})" for name, stack in stacks.items()) or "none"
+        raise ValueError(
+            f"{type(model).__name__}: must have {count} decoder layers that hold a feed-forward network, as its config "
+            f"says, but the lists of layers found are {sizes}; use a decoder or an encoder alone"
+        )
+    return found
 
 
 def locate_ffns(model: PreTrainedModel) -> list[FFNLocation]:
@@ -135,23 +160,26 @@ def locate_ffns(model: PreTrainedModel) -> list[FFNLocation]:
         One location per layer, in order; `storage == "none"` with the reason where a layer cannot be made sparse.
 
     Raises:
-        ValueError: when no list of decoder layers is found.
+        ValueError: when the decoder layers found are not as many as the config says.
     """
-    found = decoder_layers(model)
-    if found is None:
-        raise ValueError(
-            f"{type(model).__name__}: no list of num_hidden_layers={model.config.num_hidden_layers} layers found, so "
-            "there is no feed-forward network to make sparse"
-        )
-    prefix, layers = found
-    return [_locate(model, index, f"{prefix}.{index}", layer) for index, layer in enumerate(layers)]
+    layers = enumerate(decoder_layers(model))
+    return [_locate(model, index, path, layer) for index, (path, layer) in layers]
+
+
+def _row_of(module: nn.Module) -> FFNLayout | None:
+    """The row of `LAYOUTS` whose projections a module has."""
+    return next((layout for layout in LAYOUTS if all(_is_linear(linear) for linear in layout.linears(module))), None)
 
 
 def _find_in_layer(layer: nn.Module) -> tuple[str, str] | None:
-    """Rule and attribute of the FFN in a decoder layer: the three location rules, in order."""
-    for name in FFN_ATTRIBUTES:
-        if isinstance(getattr(layer, name, None), nn.Module):
+    """Rule and attribute of the FFN in a decoder layer: the location rules, in order; "" is the layer itself."""
+    for name in (*FFN_ATTRIBUTES, *SHARED_ATTRIBUTES):
+        part = _get(layer, name)
+        if isinstance(part, nn.Module) and (name not in SHARED_ATTRIBUTES or _row_of(part)):
             return "module", name
+    layout = _row_of(layer)
+    if layout is not None and not _odd_parts(layer, layout, numbers=False):
+        return "module", ""
     if all(isinstance(getattr(layer, name, None), nn.Module) for name in ("fc1", "fc2")):
         return "loose", ""
     intermediate, output = (getattr(layer, name, None) for name in ("intermediate", "output"))
@@ -166,11 +194,11 @@ def _locate(model: nn.Module, index: int, path: str, layer: nn.Module) -> FFNLoc
         names = ", ".join(name for name, _ in layer.named_children())
         return FFNLocation(index, path, "", layer, reason=f"no feed-forward network among its parts ({names})")
     rule, attribute = found
-    module = getattr(layer, attribute) if attribute else layer
+    module = layer.get_submodule(attribute)
     path = f"{path}.{attribute}" if attribute else path
-    for layout in LAYOUTS:
-        if all(_is_linear(linear) for linear in layout.linears(module)):
-            return _describe(model, index, path, rule, module, layout)
+    layout = _row_of(module)
+    if layout is not None:
+        return _describe(model, index, path, rule, module, layout)
     reason = f"its parts ({', '.join(name for name, _ in module.named_children())}) match no row of LAYOUTS"
     return _as_modules(index, path, rule, module, reason)
 
@@ -199,8 +227,9 @@ def _describe(model: nn.Module, index: int, path: str, rule: str, module: nn.Mod
     elif rule == "module":
         reason = _odd_parts(module, layout)
     elif rule == "split":
-        odd = [name for name, _ in module.get_submodule("intermediate").named_children()]
-        odd = [name for name in odd if name not in ("dense", "intermediate_act_fn")]
+        # What stands before the projection (a norm) is applied before it, and stays where it is.
+        names = [name for name, _ in module.get_submodule("intermediate").named_children()]
+        odd = [name for name in names[names.index("dense") + 1 :] if name != "intermediate_act_fn"]
         reason = f"parts beyond two projections and an activation: {', '.join(odd)}" if odd else ""
     if not reason and (not isinstance(activation, nn.Module) or any(True for _ in activation.parameters())):
         reason = f"the activation {type(activation).__name__} is not an elementwise module without parameters"
@@ -228,6 +257,8 @@ def _as_modules(index: int, path: str, rule: str, module: nn.Module, reason: str
     """A location whose experts are whole modules, if the FFN is one; a refusal otherwise."""
     if rule != "module":
         return FFNLocation(index, path, rule, module, reason=reason)
+    if any(name.rpartition(".")[2] == "experts" for name, _ in module.named_modules()):
+        return FFNLocation(index, path, rule, module, reason=f"{type(module).__name__} already is a mixture of experts")
     arguments = _positional_arguments(module)
     if len(arguments) != 1:
         reason = f"{type(module).__name__}.forward takes {', '.join(arguments)}, not the hidden states of a token alone"
@@ -247,8 +278,8 @@ def _is_linear(module: Any) -> bool:
     return isinstance(module, nn.Linear | Conv1D) and module.weight.is_floating_point()
 
 
-def _odd_parts(module: nn.Module, layout: FFNLayout) -> str:
-    """What an FFN holds beside projections, activation and dropout, or "" if nothing."""
+def _odd_parts(module: nn.Module, layout: FFNLayout, numbers: bool = True) -> str:
+    """What an FFN holds beside projections, activation and dropout (and inert `numbers`), or "" if nothing."""
     expected = {name.split(".")[0] for name in (*layout.projections_in, layout.projection_out, *ACTIVATION_ATTRIBUTES)}
     children = [name for name, child in module.named_children() if not isinstance(child, nn.Dropout | nn.Identity)]
     odd = [name for name in children if name not in expected]
@@ -256,7 +287,8 @@ def _odd_parts(module: nn.Module, layout: FFNLayout) -> str:
     odd += [
         name
         for name, value in vars(module).items()
-        if type(value) in (int, float)
+        if numbers
+        and type(value) in (int, float)
         and value not in (0, 1)
         and name not in _INERT_NUMBERS
         and not name.endswith(("_size", "_dim"))

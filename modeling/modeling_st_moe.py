@@ -209,7 +209,10 @@ def _scope_of(inputs: dict[str, Any], with_losses: bool = False) -> Iterator[Rou
     tokens = inputs.get("inputs_embeds") if ids is None else ids
     outer = active_scope()
     if tokens is None:
-        # The dense model says what is missing.
+        # Pixels: the model makes its own tokens, and all of them count. Or the dense model says what is missing.
+        if outer is not None and outer.token_mask is None:
+            yield outer
+            return
         scope = RoutingScope(with_losses=with_losses)
     elif outer is not None and outer.token_mask is not None and outer.token_mask.shape == tokens.shape[:2]:
         yield outer
@@ -217,11 +220,18 @@ def _scope_of(inputs: dict[str, Any], with_losses: bool = False) -> Iterator[Rou
     else:
         given, past = inputs.get("attention_mask"), inputs.get("past_key_values")
         mask = token_mask_of(given, tokens.shape[0], tokens.shape[1], tokens.device)
-        past_length = past.get_seq_length() if hasattr(past, "get_seq_length") else 0
-        positions = positions_of(given, inputs.get("position_ids"), past_length, mask)
+        positions = positions_of(given, inputs.get("position_ids"), _past_length(past), mask)
         scope = RoutingScope(mask, ids, positions, with_losses)
     with activate(scope):
         yield scope
+
+
+def _past_length(past: Any) -> Any:
+    """Number of tokens in the cache; 0 where it does not count them, as without attention layers."""
+    try:
+        return past.get_seq_length() if hasattr(past, "get_seq_length") else 0
+    except ValueError:
+        return 0
 
 
 def _rebuilt(output_class: type[ModelOutput], dense: ModelOutput) -> Any:
@@ -335,7 +345,8 @@ def install_sparse_block(model: nn.Module, ffn: FFNLocation, block: SparseBlock)
     if ffn.rule == "loose":
         layer.fc1, layer.activation_fn, layer.fc2 = block, nn.Identity(), nn.Identity()
     else:
-        layer.intermediate, layer.get_submodule("output").dense = block, nn.Identity()
+        intermediate, output = (layer.get_submodule(name) for name in ("intermediate", "output"))
+        intermediate.dense, intermediate.intermediate_act_fn, output.dense = block, nn.Identity(), nn.Identity()
 
 
 class _Head(STMoEPreTrainedModel):
@@ -347,10 +358,11 @@ class _Head(STMoEPreTrainedModel):
     def _make_sparse(self, config: STMoEConfig) -> None:
         from st_moe.modeling.families import family_of
 
-        base = family_of(config.dense_model_type).model_class("STMoEModel")(config)
+        dense_base = getattr(self, self.base_model_prefix)
+        base = family_of(config.dense_model_type).base_class(type(dense_base))(config)
         for name in list(base._modules):
             # Some heads build their base model without a part, such as BERT's pooler.
-            if getattr(getattr(self, self.base_model_prefix), name, None) is None:
+            if getattr(dense_base, name, None) is None:
                 setattr(base, name, None)
         setattr(self, self.base_model_prefix, base)
         self.post_init()

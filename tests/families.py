@@ -6,14 +6,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerFast
 
+from benchmarks.tiny_models import HIDDEN, LAYERS, VOCAB, WIDTH, dense_model, perturb, tiny_config
 from st_moe import STMoEConfig, STMoEForCausalLM, upcycle
 from st_moe.modeling.routing import Router
 
@@ -48,64 +43,7 @@ FAMILIES = (
 #: Families that normalise the FFN's output, which hides its scale.
 POST_NORM = ("gemma2", "gemma3_text", "glm4", "olmo2")
 
-VOCAB, HIDDEN, WIDTH, LAYERS = 96, 32, 48, 2
 TOLERANCE = 1e-5
-
-# What a config names differently, or what makes a tiny model exercise the family's own ways.
-_OWN_FIELDS: dict[str, dict[str, Any]] = {
-    "opt": {"ffn_dim": WIDTH, "word_embed_proj_dim": HIDDEN},
-    "mistral": {"sliding_window": 6},
-    "ministral": {"sliding_window": 6},
-    "gemma2": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
-    "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
-    # The norm behind its FFN should hide the FFN's scale entirely, which a large epsilon would not let it.
-    "olmo2": {"rms_norm_eps": 1e-9},
-    "smollm3": {"no_rope_layers": [1, 0]},
-    "granite": {"logits_scaling": 2.0, "residual_multiplier": 0.7, "embedding_multiplier": 3.0},
-    "cohere": {"logit_scale": 0.25},
-    "gpt_bigcode": {"n_inner": WIDTH},
-    "gpt2": {"n_inner": WIDTH},
-}
-
-
-def tiny_config(family: str, **fields: Any) -> PreTrainedConfig:
-    """A dense config of the family small enough for a test; `fields` win."""
-    config_class = CONFIG_MAPPING[family]
-    wanted = {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": WIDTH,
-        "max_position_embeddings": 64,
-        "head_dim": 8,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    known = set(config_class.__dataclass_fields__) | set(config_class.attribute_map)
-    known_wanted = {name: value for name, value in wanted.items() if name in known}
-    own = _OWN_FIELDS.get(family, {})
-    if "num_hidden_layers" in fields:
-        own = {name: value for name, value in own.items() if not isinstance(value, list)}
-    return config_class(**{**known_wanted, **own, **fields})
-
-
-@torch.no_grad()
-def perturb(model: nn.Module, std: float = 0.05, seed: int = 0) -> None:
-    """Move every parameter off its initial value, so that no norm is 1 and no bias is 0."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter += torch.randn(parameter.shape, generator=generator) * std
-
-
-def dense_model(family: str, auto: Any = AutoModelForCausalLM, seed: int = 0, **fields: Any) -> PreTrainedModel:
-    """A dense model with perturbed random weights, in evaluation mode."""
-    torch.manual_seed(seed)
-    model = auto.from_config(tiny_config(family, **fields)).eval()
-    perturb(model, seed=seed + 1)
-    return model
 
 
 @lru_cache

@@ -118,7 +118,9 @@ class TopAnyRouter(Router):
 
     def start_recording(self) -> None:
         """Record from here on, anew."""
-        experts, hidden = (torch.zeros(size, dtype=torch.float32, device=self.weight.device) for size in self.weight.shape)
+        experts, hidden = (
+            torch.zeros(size, dtype=torch.float32, device=self.weight.device) for size in self.weight.shape
+        )
         self.record = experts, hidden
 
     def stop_recording(self) -> tuple[Tensor, Tensor] | None:

@@ -256,8 +256,7 @@ def test_metrics_of_unequal_batches_are_weighted_by_label_tokens() -> None:
     for labels, value in ((1, 4.0), (3, 8.0)):
         load = torch.tensor([[1.0, 0.0, 0.0]]) if labels == 1 else torch.tensor([[0.5, 0.5, 0.0]])
         outputs = {
-            "balance_loss": torch.tensor(value),
-            "router_z_loss": torch.tensor(2 * value),
+            "aux_losses": {"balance_loss": torch.tensor(value), "router_z_loss": torch.tensor(2 * value)},
             "router_entropy": torch.tensor([value, 0.0]),
             "expert_load": load,
         }
@@ -268,7 +267,7 @@ def test_metrics_of_unequal_batches_are_weighted_by_label_tokens() -> None:
             assert reduction == "sum"
             return tensor
 
-    scalars, load = metrics.reduce(OneRank())
+    scalars, load = metrics.reduce(OneRank(), [3])
     assert scalars == {
         "balance_loss": 7.0,
         "router_z_loss": 14.0,
