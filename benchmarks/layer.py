@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from benchmarks.measure import interleaved, peak_mib, setting
+from benchmarks.measure import growth_mib, interleaved, setting
 from st_moe import STMoEConfig, locate_ffns
 from st_moe.modeling.experts import tensor_experts
 
@@ -155,9 +155,7 @@ def child(case_name: str, dtype: str, step: str, name: str) -> None:
     module, arguments = build(case, DTYPES[dtype], name), inputs(case, DTYPES[dtype])
     small = Case("warm-up", 16, 16, 2, 1, 4)
     PASSES[step](build(small, DTYPES[dtype], name), inputs(small, DTYPES[dtype]))
-    before = peak_mib()
-    PASSES[step](module, arguments)
-    print(peak_mib() - before)
+    print(growth_mib(lambda: PASSES[step](module, arguments)))
 
 
 def main() -> None:

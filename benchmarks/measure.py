@@ -33,10 +33,20 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 
 
 def peak_mib() -> float:
-    """Peak resident set of this process so far, in MiB (Linux)."""
+    """Peak resident set of this process since its mark was reset, in MiB (Linux)."""
     # getrusage would start from the peak of the process that started this one; the kernel's own mark starts anew.
     with open("/proc/self/status", encoding="utf-8") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2**10
+
+
+def growth_mib(run: Callable[[], object]) -> float:
+    """MiB by which a call raises this process's resident set at its peak (Linux)."""
+    # Resets the mark to what is resident now, so that what was made and thrown away before does not count.
+    with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
+        file.write("5")
+    before = peak_mib()
+    run()
+    return peak_mib() - before
 
 
 def setting(seed: int = 0) -> str:

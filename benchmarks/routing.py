@@ -26,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import interleaved, peak_mib, setting
+from benchmarks.measure import growth_mib, interleaved, setting
 from st_moe import STMoEConfig
 from st_moe.modeling.routing import router_class
 
@@ -104,11 +104,8 @@ def child(name: str, experts: int, choices: int, dtype: str, start: str) -> None
     """Print the growth of this process's peak resident set over one pass, in MiB."""
     run = build(name, experts, choices, DTYPES[dtype], start)
     assert run is not None, "the parent asks for what it has measured"
-    run_small = bare(torch.randn(4, 8), None, 2)
-    del run_small
-    before = peak_mib()
-    run()
-    print(peak_mib() - before)
+    bare(torch.randn(4, 8), None, 2)  # what the first call of anything costs
+    print(growth_mib(run))
 
 
 def peak_growth(*arguments: Any) -> float:

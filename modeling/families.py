@@ -12,11 +12,16 @@ from typing import Any
 
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils.output_capturing import OutputRecorder
@@ -24,7 +29,9 @@ from transformers.utils.output_capturing import OutputRecorder
 from st_moe.configuration import STMoEConfig, family_config, on_new_family
 from st_moe.modeling.modeling_st_moe import (
     STMoEForCausalLM,
+    STMoEForImageClassification,
     STMoEForSequenceClassification,
+    STMoEForTokenClassification,
     STMoEModel,
     STMoEPreTrainedModel,
 )
@@ -32,11 +39,22 @@ from st_moe.modeling.outputs import STMoEModelOutput
 from st_moe.modeling.routing import Router
 
 #: Public class, the host's map from dense config to dense class, and the Auto class that finds the family's class.
-_KINDS: tuple[tuple[type[STMoEPreTrainedModel], Any, Any], ...] = (
+KINDS: tuple[tuple[type[STMoEPreTrainedModel], Any, Any], ...] = (
     (STMoEModel, MODEL_MAPPING, AutoModel),
     (STMoEForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
     (STMoEForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification),
+    (STMoEForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, AutoModelForTokenClassification),
+    (STMoEForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification),
 )
+
+
+def dense_auto_class(config: PreTrainedConfig) -> Any:
+    """The Auto class of the head that a dense checkpoint's config names; of causal language models if it names none."""
+    for public, _, auto_class in KINDS:
+        head = public.__name__.removeprefix("STMoE")
+        if public is not STMoEModel and any(name.endswith(head) for name in config.architectures or ()):
+            return auto_class
+    return AutoModelForCausalLM
 
 
 class Family:
@@ -49,7 +67,7 @@ class Family:
     def __init__(self, config_class: type[STMoEConfig]) -> None:
         self.STMoEConfig = config_class
         self.dense_model_type = config_class.dense_model_type
-        for public, mapping, auto_class in _KINDS:
+        for public, mapping, auto_class in KINDS:
             dense = mapping.get(config_class.dense_config_class, None)
             if dense is None:
                 continue
@@ -60,7 +78,7 @@ class Family:
 
     def __getattr__(self, name: str) -> type[STMoEPreTrainedModel]:
         # A base model that only heads have, such as the decoder of an encoder-decoder model, under its dense name.
-        heads = [vars(self).get(public.__name__) for public, _, _ in _KINDS]
+        heads = [vars(self).get(public.__name__) for public, _, _ in KINDS]
         modules = [sys.modules[head.dense_class.__module__] for head in heads if head is not None]
         dense = next((found for module in modules if (found := getattr(module, name, None))), None)
         if not (inspect.isclass(dense) and issubclass(dense, PreTrainedModel)):
@@ -146,7 +164,7 @@ def family_of(dense_model_type: str) -> Family:
     return _FAMILIES[dense_model_type]
 
 
-for _public, _, _auto_class in _KINDS:
+for _public, _, _auto_class in KINDS:
     _auto_class.register(STMoEConfig, _public)
 on_new_family(_make_family)
 

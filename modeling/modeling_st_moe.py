@@ -6,6 +6,7 @@ same kind. The dense class does everything a dense model does; these swap its FF
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +21,16 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from st_moe.configuration import ROUTER_TYPES, STMoEConfig
+from st_moe.modeling.bundle import IN_BUNDLE, check_bundle, write_bundle
 from st_moe.modeling.experts import EXPERTS_IMPLEMENTATION, ModuleExperts, STMoEExperts
 from st_moe.modeling.ffn import FFNLocation, locate_ffns
-from st_moe.modeling.outputs import STMoECausalLMOutput, STMoEModelOutput, STMoESequenceClassifierOutput
+from st_moe.modeling.outputs import (
+    STMoECausalLMOutput,
+    STMoEImageClassifierOutput,
+    STMoEModelOutput,
+    STMoESequenceClassifierOutput,
+    STMoETokenClassifierOutput,
+)
 from st_moe.modeling.pruning import pruned
 from st_moe.modeling.routing import Router, losses
 from st_moe.modeling.routing.scope import (
@@ -52,6 +60,9 @@ class STMoEPreTrainedModel(PreTrainedModel):
     #: How far the mixture is from its dense parent, when it was upcycled in this process.
     identity_proof: Any = None
 
+    #: Whether `save_pretrained` bundles code without being asked to.
+    _bundles_code: bool = IN_BUNDLE
+
     _can_set_experts_implementation_cached_value = True
 
     def __new__(cls, config: PreTrainedConfig | None = None, *args: Any, **kwargs: Any) -> STMoEPreTrainedModel:
@@ -80,6 +91,9 @@ class STMoEPreTrainedModel(PreTrainedModel):
         self.to_empty(device=device)
         for module in self.modules():
             module._is_hf_initialized = False  # type: ignore[assignment]
+            if type(module).__module__ == "transformers.activations" and module.state_dict():
+                # Activations with tensors set them in their constructor, and nowhere else.
+                module.load_state_dict(type(module)().state_dict())
             if next(module.buffers(recurse=False), None) is not None:
                 # Buffers are constants: due even where the drawing of weights is switched off.
                 with torch.no_grad():
@@ -136,6 +150,55 @@ class STMoEPreTrainedModel(PreTrainedModel):
             cls = cls._class_for(_saved_config(pretrained_model_name_or_path, kwargs))
             return cls.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(  # type: ignore[override]  # the host's further arguments are passed on
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        *args: Any,
+        bundle_code: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save as Transformers does; other arguments as there.
+
+        Args:
+            bundle_code: also write the code that the model runs on, so that the folder loads with
+                `trust_remote_code=True` where this package is not installed. A model that was loaded in this way always
+                brings its code along. Without, the config names no code.
+
+        Raises:
+            ValueError: when the code cannot be bundled; nothing is written then.
+        """
+        bundle_code = bundle_code or self._bundles_code
+        if bundle_code:
+            check_bundle(self.config.router_type, self.config.dense_model_type)
+            if push_to_hub or getattr(self, "_hf_peft_config_loaded", False):
+                raise ValueError(
+                    "bundle_code: must be False in save_pretrained with push_to_hub=True, for which there is "
+                    "model.push_to_hub(repo_id, bundle_code=True), and with adapters, which are saved without the model; "
+                    "got True"
+                )
+        # As loaded, it names the code of another folder.
+        vars(self.config).pop("auto_map", None)
+        super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
+        if bundle_code and self.should_save_on_this_rank(is_main_process):
+            write_bundle(save_directory)
+
+    def push_to_hub(self, repo_id: str, *, bundle_code: bool = False, **kwargs: Any) -> str:
+        """Upload as Transformers does, with the code that the model runs on if `bundle_code`; see `save_pretrained`.
+
+        Raises:
+            ValueError: when the code cannot be bundled; nothing is uploaded then.
+        """
+        before = self._bundles_code
+        # The host saves to a temporary folder, whose files it uploads.
+        self._bundles_code = before or bundle_code
+        try:
+            return super().push_to_hub(repo_id, **kwargs)
+        finally:
+            self._bundles_code = before
 
     def _take_flags(self, kwargs: dict[str, Any]) -> tuple[bool, bool]:
         """`output_router_logits` and `return_dict`, taken out of a call's arguments; the config's if not given."""
@@ -452,4 +515,32 @@ class STMoEForSequenceClassification(_Head):
 
     output_class = STMoESequenceClassifierOutput
     # The classification loss is a mean over the batch's sequences and knows no step total: the Trainer has to average.
+    accepts_loss_kwargs = False
+
+
+class STMoEForTokenClassification(_Head):
+    """Sparse mixture of experts with the dense family's token-classification head.
+
+    `STMoEForTokenClassification(config)` returns an instance of the family's class.
+
+    Args:
+        config: the mixture's config.
+    """
+
+    output_class = STMoETokenClassifierOutput
+    # As for sequences: the loss is a mean over the batch's labelled tokens.
+    accepts_loss_kwargs = False
+
+
+class STMoEForImageClassification(_Head):
+    """Sparse mixture of experts with the dense family's image-classification head.
+
+    `STMoEForImageClassification(config)` returns an instance of the family's class. Its tokens are the patches, and
+    whatever the model adds to them; all of them count, and an image is a sequence.
+
+    Args:
+        config: the mixture's config.
+    """
+
+    output_class = STMoEImageClassifierOutput
     accepts_loss_kwargs = False

@@ -42,7 +42,7 @@ class _WithRouting(ModelOutput):
         router_z_loss: mean squared logsumexp of the router logits; None without such a loss.
         aux_loss: the auxiliary losses times their coefficients, summed.
         aux_losses: each auxiliary loss by name, without its coefficient.
-        logits: [B, S, V], or [B, labels] of a classifier.
+        logits: [B, S, V]; of a classifier [B, labels], or of tokens [B, S, labels].
         router_logits: float32 [T, E] per sparse layer, when asked for with `output_router_logits`.
         expert_load: float32 [L, E], share of the assignments per expert; rows sum to 1. Where layers differ in their
             number of experts, E is the largest and the rest is 0.
@@ -77,5 +77,19 @@ class STMoECausalLMOutput(_WithRouting):
 @dataclass
 class STMoESequenceClassifierOutput(_WithRouting):
     """Output of `STMoEForSequenceClassification`; `lm_loss` is the classification loss."""
+
+    __doc__ += _WithRouting.__doc__ or ""
+
+
+@dataclass
+class STMoETokenClassifierOutput(_WithRouting):
+    """Output of `STMoEForTokenClassification`; `lm_loss` is the classification loss."""
+
+    __doc__ += _WithRouting.__doc__ or ""
+
+
+@dataclass
+class STMoEImageClassifierOutput(_WithRouting):
+    """Output of `STMoEForImageClassification`; `lm_loss` is the classification loss."""
 
     __doc__ += _WithRouting.__doc__ or ""

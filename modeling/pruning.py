@@ -1,8 +1,9 @@
-"""A smaller model without the slots that no token can reach."""
+"""A model with other experts than it has: without the slots that no token can reach, or with those that are asked."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,7 @@ def pruned(model: STMoEPreTrainedModel) -> Any:
         ValueError: when its routers have no inactive experts by their nature, or capacity would change with their
             number.
     """
-    config: Any = copy.deepcopy(model.config)
+    config: Any = model.config
     if config.router_type != "top_any":
         raise ValueError(f"router_type: must be 'top_any' to prune experts, got {config.router_type!r}")
     for name in ("capacity_factor", "eval_capacity_factor"):
@@ -37,25 +38,42 @@ def pruned(model: STMoEPreTrainedModel) -> Any:
                 f"{name}: must be None to prune experts, whose capacity depends on their number, got "
                 f"{getattr(config, name)}"
             )
-    blocks = _sparse_blocks(model)
-    kept = [block.gate.active_experts.nonzero()[:, 0] for block in blocks]
-    experts = [len(slots) for slots in kept]
-    choices = [min(k, e) for (_, k), e in zip(config.layer_sizes, experts, strict=True)]
-    config.num_experts, config.num_experts_per_tok = _one_or_each(experts), _one_or_each(choices)
+    kept = [block.gate.active_experts.nonzero()[:, 0] for block in sparse_blocks(model)]
+    choices = [min(k, len(slots)) for (_, k), slots in zip(config.layer_sizes, kept, strict=True)]
+    return with_experts(model, kept, choices)
+
+
+def with_experts(model: STMoEPreTrainedModel, slots: Sequence[Tensor], choices: Sequence[int]) -> Any:
+    """A copy of a model whose experts and router rows are those of the given slots, which may repeat.
+
+    Its config has the new `num_experts` and `num_experts_per_tok` (lists if layers differ), and `initial_experts=None`.
+
+    Args:
+        model: a mixture whose routers have one row per expert, if any; it is left as it is.
+        slots: per sparse layer, int64: expert i of the copy is expert slots[i] of the model.
+        choices: per sparse layer, K.
+
+    Raises:
+        ValueError: when the sizes break a rule of the config.
+    """
+    config: Any = copy.deepcopy(model.config)
+    config.num_experts = _one_or_each([len(each) for each in slots])
+    config.num_experts_per_tok = _one_or_each(list(choices))
     config.initial_experts = None
     with torch.device("meta"):
-        small = type(model)(config)
-    # Copied all at once, with the smaller parts in the places of the large ones.
+        other = type(model)(config)
+    # Copied all at once, with the other parts in the places of the model's own.
     memo: dict[int, Any] = {id(model.config): config}
-    for block, smaller, slots in zip(blocks, _sparse_blocks(small), kept, strict=True):
-        _fill(smaller, block, slots)
-        memo |= {id(block.gate): smaller.gate, id(block.experts): smaller.experts}
+    for block, new, chosen in zip(sparse_blocks(model), sparse_blocks(other), slots, strict=True):
+        _fill(new, block, chosen)
+        memo |= {id(block.gate): new.gate, id(block.experts): new.experts}
     result = copy.deepcopy(model, memo)
     result.train(model.training)
     return result
 
 
-def _sparse_blocks(model: nn.Module) -> list[Any]:
+def sparse_blocks(model: nn.Module) -> list[Any]:
+    """The sparse blocks of a model, in the order of its layers."""
     return [module for module in model.modules() if isinstance(module, SparseBlock)]
 
 
@@ -64,8 +82,8 @@ def _one_or_each(values: list[int]) -> int | list[int]:
     return values[0] if len(set(values)) == 1 else values
 
 
-def _fill(smaller: Any, block: Any, slots: Tensor) -> None:
-    """Give a sparse block's router and experts the slots of a larger one's."""
+def _fill(new: Any, block: Any, slots: Tensor) -> None:
+    """Give a sparse block's router and experts the slots of another one's."""
 
     def take(target: nn.Module, source: nn.Module) -> None:
         for name, tensor in source.named_parameters(recurse=False):
@@ -74,11 +92,11 @@ def _fill(smaller: Any, block: Any, slots: Tensor) -> None:
         for name, buffer in source.named_buffers(recurse=False):
             setattr(target, name, buffer[slots.to(buffer.device)])
 
-    take(smaller.gate, block.gate)
+    take(new.gate, block.gate)
     if isinstance(block.experts, ModuleExperts):
         for number, slot in enumerate(slots.tolist()):
-            smaller.experts[number] = copy.deepcopy(block.experts[slot])
+            new.experts[number] = copy.deepcopy(block.experts[slot])
         return
-    take(smaller.experts, block.experts)
+    take(new.experts, block.experts)
     for name, child in block.experts.named_children():
-        setattr(smaller.experts, name, copy.deepcopy(child))
+        setattr(new.experts, name, copy.deepcopy(child))

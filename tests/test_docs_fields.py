@@ -1,6 +1,7 @@
 """What the pages say in tables and texts is what the code says: fields, defaults, messages, and how to extend it."""
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from st_moe import STMoEConfig
-from st_moe.configuration import MIXTURE_FIELDS
+from st_moe.configuration import LOSSES, MIXTURE_FIELDS, ROUTER_TYPES
 from st_moe.conversion import RECIPES
 from st_moe.conversion.recipes import check_recipe
 from tests.families import FAMILIES
@@ -16,6 +17,7 @@ from tests.test_docs import PAGE_SECONDS, ROOT, blocks_of, run_page
 from tests.test_structure import source_files
 
 CONFIGURATION = ROOT / "docs" / "configuration.md"
+ROUTERS = ROOT / "docs" / "routers.md"
 UPCYCLING = ROOT / "docs" / "upcycling.md"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
@@ -96,6 +98,44 @@ def test_the_upcycling_page_has_every_recipe_and_family() -> None:
         check_recipe(name, options)
     told = text[text.index("They are llama") :].split(".")[0].replace("They are ", "").replace(" and ", ", ")
     assert [name.strip() for name in told.split(",")] == list(FAMILIES)
+
+
+def router_faults(text: str) -> list[str]:
+    """Routers that a page misses, and rows that say other than the registry."""
+    rows = {row[0].strip('`"'): row for row in rows_of(text, ("`router_type`", "How it chooses"))}
+    faults = [f"{name} is in one place only" for name in set(rows) ^ set(ROUTER_TYPES)]
+    for name in set(rows) & set(ROUTER_TYPES):
+        _, _, causal, _, losses, keeps_function, _ = rows[name]
+        told = {loss: float(value) for loss, value in re.findall(r"`(\w+)` \(([\d.]+)\)", losses)}
+        router = ROUTER_TYPES[name]
+        if told != dict(router.losses):
+            faults.append(f"{name} has the losses {dict(router.losses)}, not {told}")
+        for cell, fact in ((causal, router.causal), (keeps_function, router.keeps_function)):
+            if cell.startswith("yes") != fact:
+                faults.append(f"{name}: {cell!r} should be {fact}")
+    return faults
+
+
+def test_the_routers_page_has_every_router_and_loss() -> None:
+    text = ROUTERS.read_text(encoding="utf-8")
+    assert not router_faults(text)
+    rows = rows_of(text, ("Loss", "Field"))
+    told = {row[0].strip("`"): row[1].strip("`") for row in rows if row[0].startswith("`")}
+    assert told == {loss: f"{loss}_coef" for loss in LOSSES}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "fault"),
+    [
+        ('| `"hash"` |', '| `"hashed"` |', "hash is in one place only"),
+        ("`load_loss` (0.01)", "`load_loss` (0.1)", "noisy_top_k has the losses"),
+        ("| no | yes | none | no |", "| yes | yes | none | no |", "soft: 'yes' should be False"),
+    ],
+)
+def test_a_wrong_router_is_seen(before: str, after: str, fault: str) -> None:
+    text = ROUTERS.read_text(encoding="utf-8")
+    assert text.count(before) == 1
+    assert any(fault in found for found in router_faults(text.replace(before, after)))
 
 
 def texts_of(source: str) -> list[str]:

@@ -183,7 +183,7 @@ def _expert_backward(
     return d_pre, d_weight
 
 
-@torch.library.custom_op("st_moe::sorted_experts", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::sorted_experts", mutates_args=())
 def _forward(
     hidden: Tensor,
     index: Tensor,
@@ -222,7 +222,7 @@ def _(
     return torch.empty_like(hidden), hidden.new_empty(index.numel() if save else 0, w_in.shape[1])
 
 
-@torch.library.custom_op("st_moe::sorted_experts_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::sorted_experts_backward", mutates_args=())
 def _backward(
     grad: Tensor,
     hidden: Tensor,
@@ -289,7 +289,7 @@ def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6, 7)]
     if grad is None:
         return (None,) * 12
-    gradients = torch.ops.st_moe.sorted_experts_backward(
+    gradients = _OPERATORS.sorted_experts_backward(
         grad, hidden, index, weight, w_in, w_out, b_in, b_out, scale, keep, projected, ctx.activation, ctx.gated, wanted
     )
     d_hidden, d_weight, *rest = (g if need else None for g, need in zip(gradients, wanted, strict=True))
@@ -324,5 +324,5 @@ def sorted_experts(
     """
     tensors = (hidden, weight, *parameters)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    output, _ = torch.ops.st_moe.sorted_experts(hidden, index, weight, *parameters, keep, activation, gated, save)
+    output, _ = _OPERATORS.sorted_experts(hidden, index, weight, *parameters, keep, activation, gated, save)
     return output

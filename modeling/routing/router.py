@@ -146,8 +146,10 @@ class Router(nn.Module):
 
 
 def normalized(weight: Tensor) -> Tensor:
-    """Combine weights divided by their sum over the last dimension; rows of zeros stay."""
-    return weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-9)
+    """Combine weights [T, K] divided by their sum; rows of zeros stay."""
+    total = weight.sum(dim=-1, keepdim=True).clamp(min=1e-9)
+    # w / w is 1 with no gradient; dividing by a constant keeps the 1 and lets the router learn (Switch).
+    return weight / (total.detach() if weight.shape[-1] == 1 else total)
 
 
 def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -75,12 +75,7 @@ class TopKRouter(Router):
 
     def normalized(self, weight: Tensor) -> Tensor:
         """Combine weights of the chosen probabilities [T, K], as `norm_topk_prob` says."""
-        if not self.normalize:
-            return weight
-        if self.top_k == 1:
-            # p / p is 1 with no gradient; dividing by a constant keeps the 1 and lets the router learn (Switch).
-            return weight / weight.detach().clamp(min=1e-9)
-        return normalized(weight)
+        return normalized(weight) if self.normalize else weight
 
     def second_expert_policy(self, weight: Tensor) -> Tensor:
         """Which choices are used; the first always is.

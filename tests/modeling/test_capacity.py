@@ -155,3 +155,17 @@ def test_a_later_token_can_take_an_earlier_ones_slot_but_not_with_one_choice() -
             # A sequence of the same length, so that the capacity is the same.
             changed.append(not torch.allclose(before, model(input_ids=after).logits[:, :12], atol=1e-5))
         assert any(changed) == leaks
+
+
+def test_one_renormalized_choice_still_teaches_the_router() -> None:
+    found = []
+    for renormalize in (False, True):
+        torch.manual_seed(0)
+        fields = {"norm_topk_prob": True, "capacity_factor": 8.0, "renormalize_after_drop": renormalize}
+        router = make_router(HIDDEN, num_experts=4, num_experts_per_tok=1, **fields)
+        weight = router(torch.randn(6, HIDDEN), torch.ones(1, 6, dtype=torch.bool)).weight
+        assert_close(weight, torch.ones(6, 1), 1e-6)
+        (gradient,) = torch.autograd.grad((weight * torch.arange(6.0)[:, None]).sum(), router.weight)
+        found.append(gradient)
+    assert found[0].abs().max() > 0.1
+    assert_close(found[1], found[0], 1e-5)

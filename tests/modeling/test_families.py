@@ -45,6 +45,7 @@ from tests.families import (
     mixture,
     pair,
     relative_difference,
+    tiny_config,
     token_ids,
 )
 
@@ -370,3 +371,13 @@ def test_upcycling_twice_gives_the_same_classes() -> None:
     first, second = (upcycle(dense_model("qwen3"), num_experts=2, verify=False) for _ in range(2))
     assert type(first) is type(second)
     assert type(first.config) is type(second.config)
+
+
+def test_activations_with_tensors_start_from_their_own_values() -> None:
+    """Apertus' activation has parameters and constants that its constructor alone knows."""
+    dense = dense_model("apertus").model.layers[0].mlp.act_fn
+    model = STMoEForCausalLM(STMoEConfig.from_dense(tiny_config("apertus"), num_experts=4))
+    fresh = type(dense)()
+    for expert in model.model.layers[0].mlp.experts:
+        for name, tensor in fresh.state_dict().items():
+            assert torch.equal(expert.act_fn.state_dict()[name], tensor), name
