@@ -25,7 +25,7 @@ from st_moe import STMoEConfig, STMoEForCausalLM
 from st_moe.demo_text import load_documents, train_tokenizer
 
 VOCAB, LENGTH, BATCH, HELD_OUT = 1024, 64, 16, 64
-LEARNING_RATES = (3e-3, 1e-2, 1.5e-2, 2e-2)
+LEARNING_RATES = (3e-3, 1e-2, 1.5e-2, 2e-2, 3e-2)
 Z_LOSSES = (0.0, 1e-3, 1e-2)
 MARGIN = 0.1  # nats per token
 
@@ -95,10 +95,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=6, help="runs per row")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps per run")
+    parser.add_argument("--learning-rate", type=float, action="append", help="only these rates; repeatable")
     options = parser.parse_args()
     logging.set_verbosity_error()
     blocks, held_out, guessing = load_blocks()
-    rows = [(rate, z_loss) for rate in LEARNING_RATES for z_loss in Z_LOSSES]
+    rows = [(rate, z_loss) for rate in options.learning_rate or LEARNING_RATES for z_loss in Z_LOSSES]
     tokens = options.steps * BATCH * LENGTH
     table = Table(
         title=f"{options.seeds} seeds, {tokens:,} tokens each; guessing by frequency: {guessing:.3f} nats/token"
