@@ -56,6 +56,7 @@ GENERIC: Mapping[str, Any] = {
 }
 
 _LOCAL_AND_GLOBAL = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"]}
 _GEMMA_4 = {**_LOCAL_AND_GLOBAL, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
 
@@ -65,8 +66,11 @@ OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "bigbird_pegasus": {"attention_type": "original_full"},
     "codegen": {"rotary_dim": 4},
     "cohere": {"logit_scale": 0.25},
-    "cohere_compass_text": _LOCAL_AND_GLOBAL,
-    "cpmant": {"dim_head": 8, "dim_ff": WIDTH, "prompt_length": 4, "prompt_types": 2, "segment_types": 2},
+    "cohere_compass_text": {
+        **_LOCAL_AND_GLOBAL,
+        "rope_parameters": dict.fromkeys(_LOCAL_AND_GLOBAL["layer_types"], _ROPE),
+    },
+    "cpmant": {"dim_head": 8, "dim_ff": WIDTH, "prompt_length": 4, "prompt_types": 8},
     "ctrl": {"dff": WIDTH},
     "dinov2": {"mlp_ratio": 2},
     "dinov2_with_registers": {"mlp_ratio": 2},
@@ -116,14 +120,25 @@ OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "opt": {"ffn_dim": WIDTH, "word_embed_proj_dim": HIDDEN},
     "qwen3_5_text": _LINEAR_AND_FULL,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": HIDDEN},
-    "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8, "shape_vocab_size": 8, "pronunciation_vocab_size": 8},
+    "roc_bert": {
+        "pronunciation_embed_dim": 8,
+        "shape_embed_dim": 8,
+        "shape_vocab_size": VOCAB,
+        "pronunciation_vocab_size": VOCAB,
+    },
     "smollm3": {"no_rope_layers": [1, 0]},
     "whisper": {"max_target_positions": 64, "begin_suppress_tokens": None},
     "xglm": {"ffn_dim": WIDTH},
     "xlm": {"is_encoder": True},
-    "xlstm": {"num_heads": 2, "ffn_round_up_to_multiple_of": 16, "chunk_size": 8},
+    "xlstm": {"hidden_size": 128, "num_heads": 2, "ffn_round_up_to_multiple_of": 16, "chunk_size": 8},
     "xmod": {"default_language": "en_XX"},
-    "youtu": {"num_key_value_heads": HEADS, "initializer_range": 0.02, "embedding_initializer_range": 0.02},
+    "youtu": {
+        "num_key_value_heads": HEADS,
+        "initializer_range": 0.02,
+        "embedding_initializer_range": 0.02,
+        # With one, the host zeroes its embedding again whenever a checkpoint, dense or sparse, is loaded.
+        "pad_token_id": None,
+    },
     "zamba": {
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],

@@ -395,7 +395,8 @@ class STMoEConfig(PreTrainedConfig):
     def validate_mixture(self) -> None:
         """Part of the host's strict validation, run at construction and at save time."""
         values = {name: getattr(self, name) for name in MIXTURE_FIELDS}
-        faults = rule_faults(values, _defaults(), num_ffn_layers(self), type(self)._is_causal(vars(self)))
+        faults = type(self)._own_experts(vars(self))
+        faults += rule_faults(values, _defaults(), num_ffn_layers(self), type(self)._is_causal(vars(self)))
         if faults:
             raise ValueError("; ".join(faults))
 
@@ -441,15 +442,16 @@ class STMoEConfig(PreTrainedConfig):
         return given * _LAYER_COUNTS.get(count_name, 1) if isinstance(given, int) else None
 
     @classmethod
-    def _own_experts(cls, kwargs: Mapping[str, Any]) -> list[str]:
-        """Faults of fields by which the dense model would have experts of its own."""
+    def _own_experts(cls, values: Mapping[str, Any]) -> list[str]:
+        """Faults of fields by which the dense model would have experts of its own; a missing one is none."""
+        if not _named_mixture_fields(cls.dense_config_class):
+            return []
         faults = []
-        fields = cls.dense_config_class.__dataclass_fields__
         for name, is_dense in _DENSE_SWITCHES.items():
-            aliases = [alias for alias, field in cls.attribute_map.items() if field == name]
-            given = next((kwargs[key] for key in (name, *aliases) if key in kwargs), getattr(cls, name, None))
-            if name in fields and _named_mixture_fields(cls.dense_config_class) and not is_dense(given):
-                faults.append(f"{name}: must leave the dense model without experts of its own, got {given!r}")
+            keys = (name, *(alias for alias, field in cls.attribute_map.items() if field == name))
+            given = [values[key] for key in keys if key in values]
+            if given and not is_dense(given[0]):
+                faults.append(f"{name}: must leave the dense model without experts of its own, got {given[0]!r}")
         return faults
 
     @classmethod

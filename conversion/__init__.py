@@ -11,30 +11,61 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from st_moe.conversion.checkpoint import check_checkpoint
     from st_moe.conversion.folder import upcycle_checkpoint
+    from st_moe.conversion.native import export_native, import_native
+    from st_moe.conversion.native_dense import export_dense, to_dense
+    from st_moe.conversion.native_per_expert import export_per_expert, import_checkpoint, read_per_expert
     from st_moe.conversion.proof import IdentityProof, prove_identity
     from st_moe.conversion.recipes import RECIPES, FFNTensors, LayerTensors
+    from st_moe.conversion.resize import grow_experts, remove_experts, set_num_experts_per_tok
+    from st_moe.conversion.router_init import ROUTER_INITS, initialise_routers, router_inputs
     from st_moe.conversion.upcycle import load_dense, upcycle
 
 _MODULES = {
     "RECIPES": "recipes",
+    "ROUTER_INITS": "router_init",
     "FFNTensors": "recipes",
     "IdentityProof": "proof",
     "LayerTensors": "recipes",
     "check_checkpoint": "checkpoint",
+    "export_dense": "native_dense",
+    "export_native": "native",
+    "export_per_expert": "native_per_expert",
+    "grow_experts": "resize",
+    "import_checkpoint": "native_per_expert",
+    "import_native": "native",
+    "initialise_routers": "router_init",
     "load_dense": "upcycle",
     "prove_identity": "proof",
+    "read_per_expert": "native_per_expert",
+    "remove_experts": "resize",
+    "router_inputs": "router_init",
+    "set_num_experts_per_tok": "resize",
+    "to_dense": "native_dense",
     "upcycle": "upcycle",
     "upcycle_checkpoint": "folder",
 }
 
 __all__ = [
     "RECIPES",
+    "ROUTER_INITS",
     "FFNTensors",
     "IdentityProof",
     "LayerTensors",
     "check_checkpoint",
+    "export_dense",
+    "export_native",
+    "export_per_expert",
+    "grow_experts",
+    "import_checkpoint",
+    "import_native",
+    "initialise_routers",
     "load_dense",
     "prove_identity",
+    "read_per_expert",
+    "remove_experts",
+    "router_inputs",
+    "set_num_experts_per_tok",
+    "to_dense",
     "upcycle",
     "upcycle_checkpoint",
 ]

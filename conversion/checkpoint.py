@@ -7,10 +7,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from st_moe.configuration import STMoEConfig
 from st_moe.conversion.tensor_files import StoredTensor, read_header, without_duplicates
+
+#: What a config that contradicts itself ends in, inside of the host's code.
+CONFIG_FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -83,7 +96,13 @@ def dense_config(source: str | Path) -> PreTrainedConfig:
         near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"source: model_type in {source} must be one of Transformers', got {model_type!r}{hint}")
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except CONFIG_FAULTS as error:
+        raise ValueError(
+            f"source: config.json in {source} must be one of the family {model_type!r}, but {type(error).__name__}: "
+            f"{error}"
+        ) from None
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"source: must not be quantised, but config.json in {source} has a quantization_config")
     return config
@@ -185,7 +204,7 @@ def _single(folder: Path, needed: bool) -> list[str]:
     if pickles:
         raise ValueError(
             f"source: weights must be safetensors, but {folder} holds pickles ({', '.join(pickles)}), which can run "
-            "code when loaded; if you trust them, convert them with: python -c \"from transformers import "
+            'code when loaded; if you trust them, convert them with: python -c "from transformers import '
             f"AutoModelForCausalLM as M; M.from_pretrained({str(folder)!r}, dtype='auto', use_safetensors=False)"
             ".save_pretrained('converted')\""
         )

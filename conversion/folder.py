@@ -1,36 +1,67 @@
-"""Upcycling on disk: a dense checkpoint's folder in, a mixture's folder out."""
+"""Upcycling on disk: a dense checkpoint's folder in, a mixture's folder out, without ever holding the model."""
 
 from __future__ import annotations
 
-import difflib
+import errno
+import json
+import math
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal
 
+import huggingface_hub
 import torch
 import transformers
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
 from transformers.utils import logging
 
-from st_moe.configuration import MIXTURE_FIELDS, STMoEConfig, family_config
 from st_moe.configuration.configuration_st_moe import installed_version
-from st_moe.conversion.checkpoint import check_checkpoint, dense_config
-from st_moe.conversion.proof import IdentityProof
-from st_moe.conversion.recipes import try_recipe
-from st_moe.conversion.upcycle import upcycle
-from st_moe.modeling import locate_ffns
+from st_moe.conversion.checkpoint import check_checkpoint
+from st_moe.conversion.streaming import Journal, Plan, checkpoint_of_progress, sync_folder, write_shards
+
+if TYPE_CHECKING:
+    # Model classes would take more memory than the conversion itself.
+    from st_moe.conversion.proof import IdentityProof
+    from st_moe.conversion.verify import LayerProof
 
 logger = logging.get_logger(__name__)
 
-# What a checkpoint's folder holds beside weights, config and tokenizer, and what the mixture's folder should keep.
-_COMPANION_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*", "chat_template*", "*.jinja")
+# What a checkpoint's folder holds beside weights and config, and what the mixture's folder should keep.
+_COMPANION_FILES = (
+    "*token*.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "*processor*.json",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+_WORKSHOP_FILES = {"model", "fresh", "journal.jsonl", "journal.new", "replaced"}
+# What Python, torch and the writer take beside one layer, in bytes; measured by `python -m benchmarks.conversion`.
+_BASE_MEMORY = 270 * 10**6
 
 
 def upcycle_checkpoint(
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     destination: str | Path,
     *,
     recipe: str = "copy",
@@ -39,38 +70,154 @@ def upcycle_checkpoint(
     seed: int = 0,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
+    verify: bool | Literal["layers"] = True,
+    require_identity: float | None = None,
+    push_to_hub: str | None = None,
+    in_memory_options: Mapping[str, Any] | None = None,
     **mixture_fields: Any,
-) -> IdentityProof | None:
+) -> IdentityProof | LayerProof | None:
     """Write the mixture that a dense checkpoint becomes, with its tokenizer, generation config, chat template and card.
 
-    The folder appears whole or not at all. Every argument is checked before weights are read.
+    Weights are read and written tensor by tensor; one layer's experts are in memory at most. Everything is written to
+    `<destination>.partial`, which takes the destination's place when it is complete. A run that was stopped in any way
+    goes on when it is called again with the same arguments, and ends in the same bytes.
+
+    A few requests cannot be streamed and are done in memory, which a warning says: families whose checkpoints are
+    stored otherwise than their models hold them, several sources, and routers that start from text.
+
+    The proof compares logits if both models take less than half of the memory that is free, and else each sparse layer
+    with its dense FFN.
 
     Args:
-        source: a local folder or the name of a model on the Hub.
+        source: a local folder or the name of a model on the Hub; for the recipe `"merge"` a list of them.
         destination: the folder to write; must not exist, unless `overwrite`.
         recipe, recipe_options, router_std, seed, mixture_fields: as for `upcycle`.
         overwrite: whether an existing destination is replaced, once the new folder is complete.
         max_shard_size: largest weight file, such as `"5GB"`.
+        verify: whether step 0 is compared with the dense model; `"layers"` never by logits.
+        require_identity: largest relative difference that is accepted; None accepts any where none is promised.
+        push_to_hub: name of the repository on the Hub to upload the folder to.
+        in_memory_options: further arguments of `upcycle`, which need the model in memory (`router_init` and others).
 
     Returns:
-        The proof of step-0 identity.
+        The proof of step-0 identity, or None without `verify`.
 
     Raises:
-        ValueError: when an argument or the source is at fault; nothing is written then.
+        ValueError: when an argument or the source is at fault, or the difference is larger than `require_identity`;
+            the destination is untouched then.
+        OSError: when the disk is full; calling again goes on.
+        RuntimeError: when the mixture should compute the dense function and does not.
     """
     target = Path(destination).resolve()
-    _check_destination(target, source, overwrite)
-    check_checkpoint(source)
-    _rehearse(source, recipe, recipe_options or {}, router_std, mixture_fields)
-    with _replacing(target) as folder:
-        model = upcycle(
-            source, recipe=recipe, recipe_options=recipe_options, router_std=router_std, seed=seed, **mixture_fields
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    workshop = target.with_name(f"{target.name}.partial")
+    _tidy(workshop, target)
+    for one in sources:
+        _check_destination(target, one, overwrite)
+    if require_identity is not None and not (verify and require_identity >= 0):
+        raise ValueError(
+            f"require_identity: must not be negative, and needs verify=True, got {require_identity!r} and {verify}"
         )
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        _copy_companions(source, folder)
-        card = _model_card(source, cast(STMoEConfig, model.config), recipe, seed, model.identity_proof)
+    options: dict[str, Any] = {
+        "recipe": recipe,
+        "recipe_options": recipe_options or {},
+        "router_std": router_std,
+        "seed": seed,
+    }
+    with _explaining_a_full_disk(workshop):
+        plan = plan_checkpoint(
+            sources, workshop / "fresh", max_shard_size=max_shard_size, in_memory_options=in_memory_options,
+            **options, **mixture_fields
+        )  # fmt: skip
+        workshop.mkdir(parents=True, exist_ok=True)
+        journal = Journal(workshop, plan.digest)
+        folder = workshop / "model"
+        if plan.in_memory:
+            logger.warning(f"{source}: converted in memory, not streamed: {plan.in_memory}.")
+            with _keeping_nothing(workshop):
+                _in_memory(sources, folder, max_shard_size, {**options, **(in_memory_options or {}), **mixture_fields})
+        else:
+            _check_room(plan, workshop, journal)
+            with _progress(plan.num_bytes) as advance:
+                write_shards(plan, workshop, journal, advance)
+        if journal.non_finite:
+            logger.warning(f"{source}: weights are NaN or infinite: {_faults(journal.non_finite)}.")
+        _write_texts(plan, folder)
+        proof = _proof(plan, folder, mixture_fields, verify == "layers") if verify else None
+        if proof is not None:
+            with _keeping_nothing(workshop):
+                _judge(proof, plan, journal, require_identity)
+        card = _model_card(sources[0], plan, seed, proof, journal.non_finite)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    return model.identity_proof
+        _exchange(workshop, target)
+        checkpoint_of_progress("tidy")
+        shutil.rmtree(workshop)
+    if push_to_hub:
+        _push(target, push_to_hub)
+    return proof
+
+
+def plan_checkpoint(
+    source: str | Path | Sequence[str | Path],
+    fresh: Path | None = None,
+    *,
+    recipe: str = "copy",
+    recipe_options: Mapping[str, Any] | None = None,
+    router_std: float = 0.02,
+    seed: int = 0,
+    max_shard_size: str = "5GB",
+    in_memory_options: Mapping[str, Any] | None = None,
+    **mixture_fields: Any,
+) -> Plan:
+    """What `upcycle_checkpoint` would write, after every check of its arguments and of the source.
+
+    Args:
+        source, recipe, recipe_options, router_std, seed, max_shard_size, in_memory_options, mixture_fields: as there.
+        fresh: file to write with the parts that no recipe makes; None writes nothing at all.
+
+    Raises:
+        ValueError: when an argument or the source is at fault.
+    """
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    if not sources or (len(sources) > 1 and recipe != "merge"):
+        raise ValueError(f"source: must be one model with recipe {recipe!r}, got {len(sources)}; 'merge' takes several")
+    for one in sources:
+        check_checkpoint(one)
+    arguments = {
+        "recipe": recipe,
+        "recipe_options": recipe_options or {},
+        "router_std": router_std,
+        "seed": seed,
+        "max_shard_size": max_shard_size,
+        "fields": mixture_fields,
+    }
+    plan = _apart(sources[0], fresh, arguments)
+    if len(sources) > 1:
+        return replace(plan, in_memory="several models are merged")
+    if in_memory_options:
+        return replace(plan, in_memory=f"{', '.join(in_memory_options)} need the whole model")
+    return plan
+
+
+def _apart(source: str | Path, fresh: Path | None, arguments: Mapping[str, Any]) -> Plan:
+    """Make the plan in a process that ends before anything large is written, unless model classes are here anyway."""
+    if sys.platform != "linux" or "transformers.modeling_utils" in sys.modules:
+        return _plan(source, fresh, arguments)
+    # Forked, so that it shares what is already imported; nothing here has started threads by now.
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        return pool.submit(_plan, source, fresh, arguments).result()
+
+
+def _plan(source: str | Path, fresh: Path | None, arguments: Mapping[str, Any]) -> Plan:
+    from st_moe.conversion.plan import Models, make_plan
+
+    if not Path(source).exists():
+        # What can be wrong with the request shows before gigabytes are fetched.
+        Models(source, arguments["recipe"], arguments["recipe_options"], arguments["fields"])
+        patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *_COMPANION_FILES]
+        source = huggingface_hub.snapshot_download(str(source), allow_patterns=patterns)
+        check_checkpoint(Path(source))
+    return make_plan(Path(source).absolute(), fresh, **arguments)
 
 
 def _check_destination(target: Path, source: str | Path, overwrite: bool) -> None:
@@ -91,29 +238,146 @@ def _check_destination(target: Path, source: str | Path, overwrite: bool) -> Non
         raise ValueError(f"destination: only a checkpoint is overwritten, but {target} holds no config.json")
 
 
-def _rehearse(
-    source: str | Path, recipe: str, options: Mapping[str, Any], router_std: float, fields: Mapping[str, Any]
-) -> None:
-    """Upcycle without weights, so that a fault of any argument shows before the weights are read.
+def _tidy(workshop: Path, target: Path) -> None:
+    """Put right what a run left that was killed during its very last steps; refuse a workshop that is none."""
+    if not workshop.exists():
+        return
+    if not workshop.is_dir() or {path.name for path in workshop.iterdir()} - _WORKSHOP_FILES:
+        raise ValueError(f"destination: {workshop} is needed for work and holds something else; move it away")
+    if (workshop / "replaced").exists() and not target.exists():
+        (workshop / "replaced").rename(target)
+    if target.exists() and not (workshop / "model").exists():
+        shutil.rmtree(workshop)
+
+
+@contextmanager
+def _explaining_a_full_disk(workshop: Path) -> Iterator[None]:
+    """Say in one line what to do about a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"destination: the disk of {workshop} is full; make room and run the same command again, which goes on "
+            "from what is complete"
+        ) from None
+
+
+@contextmanager
+def _keeping_nothing(workshop: Path) -> Iterator[None]:
+    """Remove the workshop if the block fails: what was made in memory cannot be gone on with."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(workshop)
+        raise
+
+
+def _check_room(plan: Plan, workshop: Path, journal: Journal) -> None:
+    """Refuse to start what the disk cannot hold."""
+    needed = plan.num_bytes - sum(line["size"] for line in journal.finished.values())
+    free = shutil.disk_usage(workshop).free
+    if needed > free:
+        raise OSError(f"destination: {needed:,} bytes are to be written, but the disk of {workshop} has {free:,} free")
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A bar with bytes, rate and remaining time on a terminal; yields the function that moves it on."""
+    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("writing", total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def _in_memory(sources: Sequence[str | Path], folder: Path, max_shard_size: str, arguments: dict[str, Any]) -> None:
+    """Convert with the whole model in memory."""
+    from transformers import AutoTokenizer
+
+    from st_moe.conversion.upcycle import upcycle
+
+    if arguments.get("router_texts") is not None and arguments.get("tokenizer") is None:
+        arguments["tokenizer"] = AutoTokenizer.from_pretrained(sources[0], trust_remote_code=False)
+    model = upcycle(sources if len(sources) > 1 else sources[0], verify=False, **arguments)
+    checkpoint_of_progress("write")
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+def _write_texts(plan: Plan, folder: Path) -> None:
+    """Write the configs, and keep the tokenizer and what else travels with a checkpoint."""
+    for name, text in plan.texts.items():
+        if not (folder / name).exists() or not plan.in_memory:
+            (folder / name).write_text(text, encoding="utf-8")
+    _copy_companions(plan.source, folder)
+
+
+def _copy_companions(source: str | Path, target: Path) -> None:
+    """Keep the tokenizer and what else travels with a checkpoint, a folder or a name on the Hub, as it is."""
+    if not Path(source).exists():
+        source = huggingface_hub.snapshot_download(str(source), allow_patterns=list(_COMPANION_FILES))
+    folder = Path(source).absolute()
+    homes = {folder.resolve(), folder.parent.parent.resolve() / "blobs"}
+    for path in sorted(path for pattern in _COMPANION_FILES for path in folder.glob(pattern)):
+        if path.is_file() and homes & set(path.resolve().parents):
+            copied = target / path.relative_to(folder)
+            copied.parent.mkdir(exist_ok=True)
+            checkpoint_of_progress("copy")
+            shutil.copyfile(path, copied)
+    if not any(True for pattern in _TOKENIZER_FILES for _ in target.glob(pattern)):
+        logger.warning(f"No tokenizer in {source}, so none is written.")
+    elif not _names_its_class(target / "tokenizer_config.json"):
+        # The class would be looked up by the model's type, which is another one now.
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(target)
+
+
+def _names_its_class(config: Path) -> bool:
+    """Whether a tokenizer's config says which class it is for."""
+    try:
+        return bool(json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _proof(plan: Plan, folder: Path, fields: Mapping[str, Any], by_layers: bool) -> IdentityProof | LayerProof:
+    """Measure and print how far the written mixture is from the dense model."""
+    from st_moe.conversion.verify import prove_folder, prove_layers
+
+    whole = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    whole += sum(size for size, _ in plan.files.values())
+    fits = not by_layers and whole < _available_memory() / 2
+    proof = prove_folder(plan, folder) if plan.in_memory or fits else prove_layers(plan, folder, fields)
+    print(proof)  # noqa: T201 -- the proof is part of what the caller asked for
+    return proof
+
+
+def _judge(proof: IdentityProof | LayerProof, plan: Plan, journal: Journal, most: float | None) -> None:
+    """Refuse a mixture that is further from the dense model than was asked for, or than can be.
 
     Raises:
-        ValueError: when an argument or the dense model is at fault.
+        ValueError: when the difference is larger than `most`.
+        RuntimeError: when the mixture should compute the dense function and does not.
     """
-    known = {*MIXTURE_FIELDS, *STMoEConfig.attribute_map} - {"dense_model_type", "st_moe_version"}
-    for name in fields.keys() - known:
-        near = difflib.get_close_matches(name, sorted(known), n=1)
-        raise ValueError(f"{name}: is not a field of the mixture" + (f"; did you mean {near[0]!r}?" if near else ""))
-    try_recipe(recipe, options)
-    config = dense_config(source)
-    family_config(config.model_type)
-    with torch.device("meta"):
-        dense = AutoModel.from_config(config)
-    locations = locate_ffns(dense)
-    if all(ffn.storage == "none" for ffn in locations):
-        raise ValueError(
-            f"source: no layer of {source} ({config.model_type}) can be made sparse: {locations[0].reason}"
+    difference = proof.max_relative_difference
+    if most is not None and not difference <= most:  # NaN is not either
+        raise ValueError(f"require_identity: must be at most {most:g}, but {proof}")
+    if plan.facts["exact"] and not proof.holds and not journal.non_finite and math.isfinite(difference):
+        raise RuntimeError(
+            f"The mixture should compute the dense function and does not ({proof}). The FFN of {plan.facts['family']!r}"
+            " is not what its layout says; please report this family."
         )
-    upcycle(dense, router_std=router_std, verify=False, **fields)
+
+
+def _available_memory() -> int:
+    """Bytes of memory that are free for use, as the kernel estimates them."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 @contextmanager
@@ -122,18 +386,10 @@ def _replacing(target: Path) -> Iterator[Path]:
     made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     workshop = Path(mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    fresh, old = workshop / "fresh", workshop / "old"
     try:
-        fresh.mkdir()
-        yield fresh
-        if target.exists():
-            target.rename(old)
-        try:
-            fresh.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
+        (workshop / "model").mkdir()
+        yield workshop / "model"
+        _exchange(workshop, target)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
         for parent in made:
@@ -141,34 +397,76 @@ def _replacing(target: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def _copy_companions(source: str | Path, target: Path) -> None:
-    """Save the tokenizer and what else travels with a checkpoint."""
-    loaders: tuple[Any, ...] = (AutoTokenizer, AutoProcessor)
-    for loader in loaders:
-        try:
-            found = loader.from_pretrained(source, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if loader is AutoTokenizer:
-                logger.warning(f"No tokenizer in {source}, so none is written ({type(error).__name__}).")
-            continue
-        if loader is AutoTokenizer or not isinstance(found, PreTrainedTokenizerBase):
-            found.save_pretrained(target)
-    folder = Path(source)
-    if folder.is_dir():
-        for pattern in _COMPANION_FILES:
-            for path in folder.glob(pattern):
-                if path.is_file() and not path.is_symlink() and not (target / path.name).exists():
-                    shutil.copyfile(path, target / path.name)
+def _exchange(workshop: Path, target: Path) -> None:
+    """Let the folder `model` of the workshop take the target's place, in one step where there was none."""
+    sync_folder(workshop / "model")
+    checkpoint_of_progress("exchange")
+    old = workshop / "replaced"
+    if target.exists():
+        target.rename(old)
+        checkpoint_of_progress("exchange")
+    try:
+        (workshop / "model").rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    sync_folder(target.parent)
 
 
-def _model_card(source: str | Path, config: STMoEConfig, recipe: str, seed: int, proof: IdentityProof | None) -> str:
+def _push(folder: Path, name: str) -> None:
+    """Upload a finished folder to the Hub.
+
+    Raises:
+        ValueError: when the Hub refuses; the folder stays as it is.
+    """
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(name, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=name, commit_message="Mixture of experts, made with st_moe")
+    except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"push_to_hub: {folder} is complete, but {name!r} could not be uploaded: {reason}") from None
+
+
+def plan_table(plan: Plan, destination: Path) -> Table:
+    """The plan for people: what would be made of what, and what it takes."""
+    facts = plan.facts
+    place = next(path for path in (destination.absolute(), *destination.absolute().parents) if path.exists())
+    way = f"in memory, not streamed: {plan.in_memory}" if plan.in_memory else "streamed"
+    table = Table("", "plan", title="Nothing is written", show_header=False)
+    rows = {
+        "source": plan.source,
+        "dense family": facts["family"],
+        "recipe": plan.recipe,
+        "sparse layers": f"{facts['sparse_layers']} of {facts['layers']}",
+        "experts per sparse layer": f"{facts['experts']}, of which {facts['choices']} per token",
+        "parameters": f"{facts['total']:,}, of which {facts['active']:,} active per token",
+        "way": way,
+        "bytes to write": f"{plan.num_bytes:,} in {len(plan.shards)} files" if plan.shards else "not known",
+        "peak memory, about": f"{_BASE_MEMORY + plan.layer_bytes:,} bytes" if plan.shards else "both models",
+        "free disk": f"{shutil.disk_usage(place).free:,} bytes",
+    }
+    for name, value in rows.items():
+        table.add_row(name, escape(str(value)))
+    return table
+
+
+def _model_card(
+    source: str | Path,
+    plan: Plan,
+    seed: int,
+    proof: IdentityProof | LayerProof | None,
+    non_finite: Mapping[str, int],
+) -> str:
     """Model card in the Hub's format."""
-    experts, choices = (", ".join(map(str, dict.fromkeys(sizes))) for sizes in zip(*config.layer_sizes, strict=True))
-    total, active = (config.num_parameters(active=active) for active in (False, True))
+    facts = plan.facts
     local = Path(source).exists()
     parent = Path(source).resolve().name if local else str(source)
     # The Hub knows no folder of this machine, so only a name of its own is linked.
     link = "" if local else f"base_model: {parent}\n"
+    options = "".join(f", {name}={value}" for name, value in plan.options.items())
+    faults = f"\n| NaN or infinite weights of the source | {_faults(non_finite)} |" if non_finite else ""
     return f"""---
 library_name: transformers
 tags: [st_moe, mixture-of-experts, upcycled]
@@ -178,13 +476,13 @@ tags: [st_moe, mixture-of-experts, upcycled]
 
 | | |
 |---|---|
-| dense family | {config.dense_model_type} |
-| experts per sparse layer | {experts}, of which {choices} per token |
-| sparse layers | {len(config.sparse_layer_indices)} of {config.num_hidden_layers} |
-| parameters | {total:,}, of which {active:,} active per token |
-| recipe | `{recipe}`, seed {seed} |
-| proof | {proof or "not measured"} |
-| made with | st_moe {installed_version()}, transformers {transformers.__version__} |
+| dense family | {facts["family"]} |
+| experts per sparse layer | {facts["experts"]}, of which {facts["choices"]} per token |
+| sparse layers | {facts["sparse_layers"]} of {facts["layers"]} |
+| parameters | {facts["total"]:,}, of which {facts["active"]:,} active per token |
+| recipe | `{plan.recipe}`, seed {seed}{options} |
+| proof | {proof or "not measured"} |{faults}
+| made with | st_moe {installed_version()}, transformers {transformers.__version__}, torch {torch.__version__} |
 
 ```python
 import st_moe
@@ -193,3 +491,10 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 """
+
+
+def _faults(non_finite: Mapping[str, int], most: int = 5) -> str:
+    """How many values of which tensors are NaN or infinite."""
+    names = sorted(non_finite)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{sum(non_finite.values())} values in {len(names)} tensors: {', '.join(names[:most])}{more}"

@@ -1,8 +1,8 @@
 """Native mixtures of Transformers that can hold a mixture of ours exactly: one table, read in both directions.
 
 To add a target: one row in `TARGETS`; the tests run every row. Names of tensors are those of the live modules without
-the layer's prefix (`model.layers.N.`); the host's own `save_pretrained` and `from_pretrained` translate them to and from
-what its files hold. Source of the pairs: the host's modelling code; each is proven by equal logits in the tests.
+the layer's prefix (`model.layers.N.`); the host's own `save_pretrained` and `from_pretrained` translate them to and
+from what its files hold. Source of the pairs: the host's modelling code; each is proven by equal logits in the tests.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Family:
         name: its `dense_model_type`.
         dense: fields of the dense config with the value that they must have; a function gets the config at hand.
         native: fields of the native config with the value that this family needs; a function gets the dense config.
-        unread: fields that only the dense config has and that evaluation does not read.
+        unread: fields of either config that evaluation does not read, given the rest of this row.
         rows: tensors outside of the sparse block that are named or laid out differently.
         zeros: native tensors that the family has no counterpart of, and that compute nothing when they are zero.
         conditions: of the dense config.
@@ -131,6 +131,11 @@ def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def _own_head_dim(config: Any) -> int | None:
+    """The width of heads as a config states it, and what it is where the config has no such field."""
+    return getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+
+
 def _rope(config: Any) -> Mapping[str, Any]:
     return config.rope_parameters or {}
 
@@ -190,22 +195,31 @@ def _llama_like(
         head_dim: whether the target takes any width of heads.
         given: the same field of every family.
     """
-    heads, unread = ((), ()) if head_dim else ((_PLAIN_HEADS,), ("head_dim",))
+    heads: tuple[Condition, ...] = () if head_dim else (_PLAIN_HEADS,)
+    widths: dict[str, Any] = {} if head_dim else {"head_dim": _own_head_dim}
+    unread = given.pop("unread", ())
     window = {} if windows else {"sliding_window": None}
     phi3 = ("resid_pdrop", "embd_pdrop", "original_max_position_embeddings")
+    no_biases = {"mlp_bias": False, "attention_bias": False}
     return (
-        Family("mistral", dense=window, unread=unread, conditions=heads, **given),
-        Family("llama", {"mlp_bias": False, **dense}, unread=("pretraining_tp", *unread), conditions=heads, **given),
-        Family("phi3", window, unread=phi3, rows=_FUSED, conditions=(_WHOLE_ROPE, _PLAIN_ROPE, *heads), **given),
+        Family("mistral", {**window, **widths}, unread=unread, conditions=heads, **given),
         Family(
-            "helium",
-            {"mlp_bias": False, "attention_bias": False},
-            unread=unread,
-            rows=_INTERLEAVED,
+            "llama",
+            {"mlp_bias": False, **dense, **widths},
+            unread=("pretraining_tp", *unread),
             conditions=heads,
             **given,
         ),
-        Family("ernie4_5", {"use_bias": False}, unread=unread, rows=_INTERLEAVED, conditions=heads, **given),
+        Family(
+            "phi3",
+            window,
+            unread=(*phi3, *unread),
+            rows=_FUSED,
+            conditions=(_WHOLE_ROPE, _PLAIN_ROPE, *heads),
+            **given,
+        ),
+        Family("helium", {**no_biases, **widths}, unread=unread, rows=_INTERLEAVED, conditions=heads, **given),
+        Family("ernie4_5", {"use_bias": False, **widths}, unread=unread, rows=_INTERLEAVED, conditions=heads, **given),
     )
 
 
@@ -248,7 +262,7 @@ _BY_TYPE = DenseLayers(
     "any", _typed_layers, lambda config: [i for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
 )
 _BY_STEP = DenseLayers(
-    "those outside of a range with a step",
+    "all but layers k, 2k, 3k, ... of a range",
     _every_few_layers,
     lambda config: [
         i
@@ -315,10 +329,16 @@ _GRANITE_FAMILIES = (
         conditions=(_NO_WINDOW,),
     ),
 )
-_GLM_FAMILIES = (
-    *_llama_like({"attention_bias": False}, native={**_WHOLE, "attention_bias": False}),
-    Family("qwen2", _QWEN2, {**_WHOLE, "attention_bias": True}, unread=_WINDOW_FIELDS, conditions=(_NO_WINDOW,)),
-)
+
+
+def _glm_families(**native: Any) -> tuple[Family, ...]:
+    """Families of targets with Llama's layers, biases on query, key and value, and a rotary part of each head."""
+    native = {**_WHOLE, **native}
+    return (
+        *_llama_like({"attention_bias": False}, native={**native, "attention_bias": False}),
+        Family("qwen2", _QWEN2, {**native, "attention_bias": True}, unread=_WINDOW_FIELDS, conditions=(_NO_WINDOW,)),
+    )
+
 
 TARGETS: tuple[NativeTarget, ...] = (
     NativeTarget(
@@ -337,9 +357,17 @@ TARGETS: tuple[NativeTarget, ...] = (
             Family("qwen2", native={"qkv_bias": True}),
             Family(
                 "seed_oss",
-                {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
+                {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False, "head_dim": _own_head_dim},
                 {"qkv_bias": True, "use_sliding_window": False},
-                unread=("head_dim", "pretraining_tp", "residual_dropout"),
+                unread=("pretraining_tp", "residual_dropout", *_WINDOW_FIELDS),
+                conditions=(_PLAIN_HEADS,),
+            ),
+            Family(
+                "ministral",
+                {"head_dim": _own_head_dim},
+                {"qkv_bias": True, "use_sliding_window": lambda config: config.sliding_window is not None},
+                unread=("max_window_layers",),
+                zeros=_QKV_BIASES,
                 conditions=(_PLAIN_HEADS,),
             ),
             # Serving engines build these biases whatever the config says, so zeros are written.
@@ -347,6 +375,7 @@ TARGETS: tuple[NativeTarget, ...] = (
                 {"attention_bias": False},
                 head_dim=False,
                 native={"qkv_bias": True, "use_sliding_window": False},
+                unread=_WINDOW_FIELDS,
                 zeros=_QKV_BIASES,
             ),
         ),
@@ -428,12 +457,14 @@ TARGETS: tuple[NativeTarget, ...] = (
         "cohere2_moe",
         "top_k",
         _CHOICES,
-        (Family("cohere2"),),
+        (Family("cohere2", native={"head_dim": _head_dim}, unread=("sliding_window_pattern",)),),
         ours=_NORMALISED,
         native={"expert_selection_fn": "softmax", "rms_norm_eps": None},
         written={
             "shared_expert_combination_strategy": "sum",
             "rope_theta": lambda config: _rope(config).get("rope_theta", 10000.0),
+            # 1 would rotate the positions of dense layers that see all tokens, which the family does not.
+            "prefix_dense_sliding_window_pattern": 2,
         },
         width="intermediate_size",
         dense_width="prefix_dense_intermediate_size",
@@ -444,6 +475,13 @@ TARGETS: tuple[NativeTarget, ...] = (
             Condition(
                 "shared_expert_combination_strategy to be 'sum' where there are shared experts",
                 lambda config: not config.num_shared_experts or config.shared_expert_combination_strategy == "sum",
+            ),
+            Condition(
+                "prefix_dense_sliding_window_pattern other than 1 where dense layers see all tokens",
+                lambda config: (
+                    config.prefix_dense_sliding_window_pattern != 1
+                    or ("dense", "full_attention") not in zip(config.mlp_layer_types, config.layer_types, strict=True)
+                ),
             ),
         ),
     ),
@@ -464,7 +502,7 @@ TARGETS: tuple[NativeTarget, ...] = (
         "sigmoid_top_k",
         _SIGMOID,
         (
-            *_GLM_FAMILIES,
+            *_glm_families(),
             Family(
                 "qwen3",
                 {**_QWEN2, "attention_bias": False},
@@ -482,10 +520,9 @@ TARGETS: tuple[NativeTarget, ...] = (
         "solar_open",
         "sigmoid_top_k",
         _SIGMOID,
-        _GLM_FAMILIES,
+        _glm_families(head_dim=_head_dim),
         dense_width="moe_intermediate_size",
         shared=_SHARED_COUNTED,
-        extra=("head_dim",),
     ),
     NativeTarget(
         "dots1",

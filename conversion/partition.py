@@ -34,7 +34,7 @@ def balanced_kmeans(points: Tensor, clusters: int, generator: torch.Generator) -
     for _ in range(_ITERATIONS):
         distances = _squared_distances(points, centres)
         labels = _assign(distances, -(-len(points) // clusters))
-        cost = distances.gather(1, labels[:, None]).sum().item()
+        cost = distances.gather(1, labels[:, None]).double().sum().item()
         if cost >= best_cost:
             break
         best, best_cost = labels, cost
@@ -57,9 +57,9 @@ def _first_centres(points: Tensor, clusters: int, generator: torch.Generator) ->
 
 
 def _squared_distances(points: Tensor, centres: Tensor) -> Tensor:
-    """[n, d] and [C, d] -> [n, C], without a tensor [n, C, d]."""
+    """[n, d] and [C, d] -> [n, C], without a tensor [n, C, d]; finite, as what is full has to be further away."""
     squares = points.square().sum(1, keepdim=True) + centres.square().sum(1)
-    return (squares - 2 * points @ centres.t()).clamp(min=0)
+    return (squares - 2 * points @ centres.t()).clamp(min=0).nan_to_num(nan=torch.finfo(torch.float32).max)
 
 
 def _assign(distances: Tensor, capacity: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Recipes: from one dense FFN's tensors to one layer's expert tensors. Pure functions, seeded by their generator.
 
-To add a recipe: one function, one line in `RECIPES`, one test.
+To add a recipe: one function, one line in `RECIPES`, one in `_OPTIONS` for each new option, one test.
 Shape letters: H hidden size, I FFN width, E experts, P = 2 if gated (gate first, then up) else 1.
 """
 
@@ -179,9 +179,9 @@ def granular(
     so the K best experts are K / G whole copies, and the experts' order keeps copies together when rows are equal too.
     A factor s makes up for what a shard weighs in the sum:
 
-    - `"post_softmax"`, for weights that sum to 1 (`norm_topk_prob=True`): s = G. Exact for any router.
-    - `"pre_softmax"`, for `norm_topk_prob=False`: s = E * G / K. Exact where every probability is 1 / E, as with routers
-      of zeros, and close to it for small router weights. (The paper writes E G^2 / K with E the copies.)
+    - `"post_softmax"`, for weights that sum to 1 (`norm_topk_prob=True`): s = G. Exact whatever the rows.
+    - `"pre_softmax"`, for `norm_topk_prob=False`: s = E * G / K. Exact where every probability is 1 / E, as with
+      routers of zeros, and close to it for small router weights. (The paper writes E G^2 / K with E the copies.)
 
     The out-projection is multiplied by s^(1 / spread), and so is the in-projection if `spread` is not 1. NVIDIA's own
     is 3 for gated FFNs and squared ReLU, 2 for others; that is the factor s only for squared ReLU (3) and ReLU (2).
@@ -232,7 +232,7 @@ def shared(
         num_shared: S, in expert widths.
         routed: `"copy"` or `"split"`.
         partition: a key of `PARTITIONS`; `"first"` shares the first neurons.
-        rescale: as for `split`; copies have none.
+        rescale: as for `split`; None with copies.
 
     Raises:
         ValueError: when the number of sets does not divide I, or an option is at fault.
@@ -242,6 +242,10 @@ def shared(
         _checked(name, value) for name, value in (("num_shared", num_shared), ("routed", routed), ("rescale", rescale))
     )
     copies = routed == "copy"
+    if copies and factor is not None:
+        raise ValueError(
+            f"recipe_options: rescale must be None with routed 'copy', whose sum is exact, got {rescale!r}"
+        )
     if factor is None:
         factor = 1.0 if copies else num_experts / num_experts_per_tok
     sets = _parts(ffn, num_shared + (1 if copies else num_experts), partition, generator)
@@ -275,6 +279,21 @@ def merge(
     return LayerTensors(FFNTensors(*stacked))  # type: ignore[arg-type]
 
 
+def if_weights_sum_to_one(options: Mapping[str, Any], config: STMoEConfig) -> bool:
+    """A `keeps_function` for experts that each compute the dense function."""
+    return config.combine_weights_sum_to_one
+
+
+def never(options: Mapping[str, Any], config: STMoEConfig) -> bool:
+    """A `keeps_function` for experts that do not."""
+    return False
+
+
+def none(options: Mapping[str, Any], fields: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """A `fields` for experts of the dense width, from which nothing follows."""
+    return {}
+
+
 class Recipe(NamedTuple):
     """A row of `RECIPES`.
 
@@ -287,8 +306,8 @@ class Recipe(NamedTuple):
     """
 
     function: Callable[..., LayerTensors]
-    keeps_function: Callable[[Mapping[str, Any], STMoEConfig], bool]
-    fields: Callable[[Mapping[str, Any], Mapping[str, Any], int], dict[str, Any]]
+    keeps_function: Callable[[Mapping[str, Any], STMoEConfig], bool] = never
+    fields: Callable[[Mapping[str, Any], Mapping[str, Any], int], dict[str, Any]] = none
 
     def make(
         self,
@@ -301,10 +320,6 @@ class Recipe(NamedTuple):
         """Call the function for one layer; those that scale by the number of choices are told it."""
         told = {_CHOICES: num_experts_per_tok} if _CHOICES in inspect.signature(self.function).parameters else {}
         return self.function(sources, num_experts, generator, **told, **options)
-
-
-def _keeps_width(options: Mapping[str, Any], fields: Mapping[str, Any], width: int) -> dict[str, Any]:
-    return {}
 
 
 def _fields_of_split(options: Mapping[str, Any], fields: Mapping[str, Any], width: int) -> dict[str, Any]:
@@ -324,10 +339,6 @@ def _fields_of_shared(options: Mapping[str, Any], fields: Mapping[str, Any], wid
     return {"moe_intermediate_size": _part_of(width, parts), "num_shared_experts": num_shared}
 
 
-def _of_copies(options: Mapping[str, Any], config: STMoEConfig) -> bool:
-    return config.combine_weights_sum_to_one
-
-
 def _of_whole_groups(options: Mapping[str, Any], config: STMoEConfig) -> bool:
     ties_stay = config.router_type in ("top_k", "noisy_top_k", "sigmoid_top_k") and config.n_group == 1
     exact = options.get("weighting", "post_softmax") == "post_softmax" and options.get("spread", 1) == 1
@@ -335,22 +346,18 @@ def _of_whole_groups(options: Mapping[str, Any], config: STMoEConfig) -> bool:
 
 
 def _of_shared_and_copies(options: Mapping[str, Any], config: STMoEConfig) -> bool:
-    whole = options.get("routed", "copy") == "copy" and options.get("rescale") in (None, 1)
-    return whole and config.combine_weights_sum_to_one and not config.shared_expert_gate
-
-
-def _never(options: Mapping[str, Any], config: STMoEConfig) -> bool:
-    return False
+    copies = options.get("routed", "copy") == "copy"
+    return copies and config.combine_weights_sum_to_one and not config.shared_expert_gate
 
 
 RECIPES: dict[str, Recipe] = {
-    "copy": Recipe(copy, _of_copies, _keeps_width),
-    "noise": Recipe(noise, _never, _keeps_width),
-    "drop": Recipe(drop, _never, _keeps_width),
-    "split": Recipe(split, _never, _fields_of_split),
+    "copy": Recipe(copy, if_weights_sum_to_one),
+    "noise": Recipe(noise),
+    "drop": Recipe(drop),
+    "split": Recipe(split, fields=_fields_of_split),
     "granular": Recipe(granular, _of_whole_groups, _fields_of_granular),
     "shared": Recipe(shared, _of_shared_and_copies, _fields_of_shared),
-    "merge": Recipe(merge, _never, _keeps_width),
+    "merge": Recipe(merge),
 }
 
 # The keyword by which a recipe's function asks for the number of choices per token; no option of the user's.
@@ -481,7 +488,8 @@ def _number(rule: str, least: float, most: float) -> Callable[[str, Any], float]
     """A check for real numbers (a bool is none) in a closed range; the message says `rule`."""
 
     def check(name: str, value: Any) -> float:
-        if not isinstance(value, Real) or isinstance(value, bool):
+        real = isinstance(value, Real) and not isinstance(value, bool)
+        if not real:
             raise ValueError(f"recipe_options: {name} must be a real number, got {value!r}")
         if not least <= value <= most:  # NaN is in no range
             raise ValueError(f"recipe_options: {name} {rule}, got {value!r}")
@@ -494,7 +502,8 @@ def _count(least: int, most: float) -> Callable[[str, Any], int]:
     """A check for whole numbers in a closed range."""
 
     def check(name: str, value: Any) -> int:
-        if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not whole or not least <= value <= most:
             upper = "" if most == float("inf") else f" and at most {most}"
             raise ValueError(f"recipe_options: {name} must be a whole number of at least {least}{upper}, got {value!r}")
         return int(value)

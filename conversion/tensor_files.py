@@ -39,19 +39,21 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # The limit of the safetensors library itself, in bytes.
 _LONGEST_HEADER = 100_000_000
-_CHUNK = 4 * 2**20
+_CHUNK = 2**20
 
 
 class StoredTensor(NamedTuple):
     """Where a tensor's bytes lie.
 
     Attributes:
+        key: the tensor's name in the file.
         path: the file.
         dtype: a key of `DTYPES`.
         shape: sizes.
         offset: of the first byte, from the start of the file.
     """
 
+    key: str
     path: str
     dtype: str
     shape: tuple[int, ...]
@@ -137,7 +139,7 @@ def _stored(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
             raise ValueError(f"tensor {name!r} has the {what} {sizes!r}, no list of sizes")
     if len(offsets) != 2 or offsets[1] - offsets[0] != num_bytes(dtype, shape):
         raise ValueError(f"tensor {name!r}, {dtype} {shape}, does not fit its data_offsets {offsets}")
-    return StoredTensor(str(path), dtype, tuple(shape), start + offsets[0])
+    return StoredTensor(name, str(path), dtype, tuple(shape), start + offsets[0])
 
 
 def chunks_of(tensor: StoredTensor) -> Iterator[bytearray | memoryview]:
@@ -181,7 +183,10 @@ def count_non_finite(data: Any, dtype: str) -> int:
     if not DTYPES[dtype].is_floating_point or not len(data):
         return 0
     values = torch.frombuffer(data, dtype=DTYPES[dtype])
-    return values.numel() - int(torch.isfinite(values).sum())
+    # Extremes take no memory, and are NaN or infinite if anything is.
+    if all(math.isfinite(extreme) for extreme in torch.aminmax(values)):
+        return 0
+    return sum(piece.numel() - int(torch.isfinite(piece).sum()) for piece in values.split(_CHUNK))
 
 
 def header_of(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, list[str]]:

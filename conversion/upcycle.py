@@ -9,27 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from st_moe.configuration import STMoEConfig
 from st_moe.conversion.checkpoint import check_checkpoint, dense_config
+from st_moe.conversion.merge import check_compatible, merged
 from st_moe.conversion.proof import IdentityProof, prove_identity
 from st_moe.conversion.recipes import RECIPES, FFNTensors, Recipe, read_ffn, try_recipe
-from st_moe.modeling import (
-    STMoEForCausalLM,
-    STMoEForSequenceClassification,
-    STMoEModel,
-    family_of,
-    locate_ffns,
-)
+from st_moe.conversion.router_init import Text, check_router_init, initialise_routers
+from st_moe.modeling import STMoEModel, family_of, locate_ffns
 from st_moe.modeling.experts import ModuleExperts
+from st_moe.modeling.families import KINDS, dense_auto_class
 from st_moe.modeling.ffn import FFNLocation
 from st_moe.modeling.modeling_st_moe import STMoEPreTrainedModel
 from st_moe.modeling.routing import Router
@@ -37,29 +29,47 @@ from st_moe.modeling.sparse_block import DenseFFN, SparseBlock
 
 logger = logging.get_logger(__name__)
 
+#: A dense model, a local folder, or the name of a model on the Hub.
+DenseSource = PreTrainedModel | str | Path
+
+_SHARED_GATE = "shared_expert_gate"
+
 
 def upcycle(
-    dense: PreTrainedModel | str | Path,
+    dense: DenseSource | Sequence[DenseSource],
     *,
     recipe: str = "copy",
     recipe_options: Mapping[str, Any] | None = None,
     router_std: float = 0.02,
+    router_init: str = "normal",
+    router_options: Mapping[str, Any] | None = None,
+    router_texts: Sequence[Text] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
     verify: bool = True,
+    proof_inputs: Text | None = None,
+    require_identity: float | None = None,
     **mixture_fields: Any,
 ) -> STMoEPreTrainedModel:
     """Turn a dense model into a sparse mixture of experts.
 
-    With the recipe `"copy"` the mixture computes the dense function, which is measured on random tokens and printed;
-    the proof stays on the result as `identity_proof`. Dtype, tied embeddings and the generation config are kept.
+    With the recipe `"copy"` the mixture computes the dense function. How far any recipe moves it is measured and
+    printed; the proof stays on the result as `identity_proof`. Dtype, tied embeddings and the generation config are
+    kept.
 
     Args:
-        dense: a dense Transformers model (left as it is), a local folder, or the name of a model on the Hub.
+        dense: a dense Transformers model (left as it is), a local folder, or the name of a model on the Hub; for the
+            recipe `"merge"` a list of them, of which the first one's config is kept and the proof compares with.
         recipe: how experts are made from the dense FFN, a key of `st_moe.conversion.RECIPES`.
         recipe_options: the recipe's own options, such as `{"ratio": 0.5}` for `"drop"`.
-        router_std: standard deviation of the routers' initial weights.
+        router_std: standard deviation of the routers' initial weights, where they draw any.
+        router_init, router_options, router_texts: how the routers start, see `initialise_routers`; `"normal"` without
+            options leaves them to their own rule.
+        tokenizer: for texts.
         seed: of everything random.
         verify: whether to run both models and compare them.
+        proof_inputs: text or token ids [B, S] to compare them on; None takes random ids.
+        require_identity: largest relative logit difference that is accepted; None accepts any where none is promised.
         mixture_fields: fields of `STMoEConfig`, such as `num_experts` and `num_experts_per_tok`.
 
     Returns:
@@ -68,40 +78,93 @@ def upcycle(
     Raises:
         ValueError: when a field, the recipe or the dense model is at fault; weights that are NaN or infinite are
             one when they spoil the comparison.
-        RuntimeError: when the result should compute the dense function and does not.
+        RuntimeError: when the result should compute the dense function and does not, or is further from it than
+            `require_identity`.
     """
-    chosen = try_recipe(recipe, recipe_options or {})
+    options = recipe_options or {}
+    chosen = try_recipe(recipe, options)
+    check_router_init(router_init, router_options or {}, router_texts)
     if not router_std >= 0:
         raise ValueError(f"router_std: must not be negative, got {router_std!r}")
-    owned = isinstance(dense, str | Path)
-    model = load_dense(dense) if isinstance(dense, str | Path) else dense
-    sparse_class = _sparse_class(model)
+    if require_identity is not None and not (verify and require_identity >= 0):
+        raise ValueError(
+            f"require_identity: must not be negative, and needs verify=True, got {require_identity!r} and {verify}"
+        )
+    models, owned = _loaded(dense, recipe)
+    model = models[0]
+    model_class = sparse_class(model)
     locations = locate_ffns(model)
-    config = mixture_config_of(model.config, locations, recipe, recipe_options or {}, mixture_fields)
+    config = mixture_config_of(model.config, locations, recipe, options, mixture_fields)
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
-        sparse = sparse_class(config)
-    _take_over(sparse, model, share=owned)
-    names = {id(module): name for name, module in sparse.named_modules()}
-    blocks = [module for module in sparse.modules() if isinstance(module, SparseBlock)]
-    for block, index in zip(blocks, config.sparse_layer_indices, strict=True):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        ffn = locations[index]
-        if isinstance(block.experts, ModuleExperts):
-            for number in range(len(block.experts)):
-                block.experts[number] = copy.deepcopy(ffn.module)
-            _fill_router(block.gate, next(ffn.module.parameters()), router_std, generator)
-        else:
-            fill_block(block, [read_ffn(ffn)], chosen, recipe_options or {}, router_std, generator)
-        logger.info(f"{names[id(block)]}: {locations[index].describe()}")
+        sparse = model_class(config)
+    _take_over(sparse, models, options.get("rest", "average"), share=owned and len(models) == 1)
+    shared_rows = _fill_blocks(sparse, models, chosen, options, router_std, seed)
     sparse.config.dtype = model.config.dtype
     sparse.tie_weights()
     if model.can_generate():
         sparse.generation_config = copy.deepcopy(model.generation_config)
     sparse.eval()
-    exact = chosen.keeps_function(recipe_options or {}, config)
-    sparse.identity_proof = _verified(model, sparse, exact) if verify else None
+    if router_init != "normal" or router_options:
+        initialise_routers(
+            sparse,
+            router_init,
+            texts=router_texts,
+            tokenizer=tokenizer,
+            seed=seed,
+            shared_rows=shared_rows,
+            **(router_options or {}),
+        )
+    if verify:
+        exact = chosen.keeps_function(options, config)
+        sparse.identity_proof = _verified(model, sparse, exact, proof_inputs, tokenizer, require_identity)
     return sparse
+
+
+def _loaded(dense: DenseSource | Sequence[DenseSource], recipe: str) -> tuple[list[PreTrainedModel], bool]:
+    """The dense models, and whether they were loaded here.
+
+    Raises:
+        ValueError: when a recipe for one model gets several, or models are no models of one architecture.
+    """
+    sources = list(dense) if isinstance(dense, list | tuple) else [dense]
+    if not sources or (len(sources) > 1 and recipe != "merge"):
+        raise ValueError(f"dense: must be one model with recipe {recipe!r}, got {len(sources)}; 'merge' takes several")
+    models: list[Any] = [load_dense(one) if isinstance(one, str | Path) else one for one in sources]
+    if len(models) > 1:
+        for model in models:
+            sparse_class(model)
+        shapes = [{name: (t.shape, t.dtype) for name, t in model.state_dict().items()} for model in models]
+        check_compatible([model.config for model in models], shapes)
+    return models, isinstance(sources[0], str | Path)
+
+
+def _fill_blocks(
+    sparse: STMoEPreTrainedModel,
+    models: Sequence[PreTrainedModel],
+    recipe: Recipe,
+    options: Mapping[str, Any],
+    router_std: float,
+    seed: int,
+) -> list[Tensor | None]:
+    """Give every sparse block its weights; returns which experts share router rows, layer by layer."""
+    config: Any = sparse.config
+    located = [locate_ffns(model) for model in models]
+    blocks = [(name, module) for name, module in sparse.named_modules() if isinstance(module, SparseBlock)]
+    shared_rows: list[Tensor | None] = []
+    for (name, block), index in zip(blocks, config.sparse_layer_indices, strict=True):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        ffns = [locations[index] for locations in located]
+        if isinstance(block.experts, ModuleExperts):
+            for number in range(len(block.experts)):
+                block.experts[number] = copy.deepcopy(ffns[0].module)
+            fill_router(block.gate, next(ffns[0].module.parameters()), router_std, generator)
+            shared_rows.append(None)
+        else:
+            sources = [read_ffn(ffn) for ffn in ffns]
+            shared_rows.append(fill_block(block, sources, recipe, options, router_std, generator))
+        logger.info(f"{name}: {ffns[0].describe()}")
+    return shared_rows
 
 
 def load_dense(source: str | Path) -> PreTrainedModel:
@@ -111,8 +174,7 @@ def load_dense(source: str | Path) -> PreTrainedModel:
         ValueError: when the folder or its files are not a dense checkpoint in safetensors.
     """
     check_checkpoint(source)
-    classifier = any(name.endswith("ForSequenceClassification") for name in dense_config(source).architectures or ())
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    auto = dense_auto_class(dense_config(source))
     loaded: Any = auto.from_pretrained(source, dtype="auto", use_safetensors=True, output_loading_info=True)
     model, found = loaded
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -128,7 +190,7 @@ def _shown(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _sparse_class(dense: PreTrainedModel) -> type[STMoEPreTrainedModel]:
+def sparse_class(dense: PreTrainedModel) -> type[STMoEPreTrainedModel]:
     """The family's class that derives from the dense model's own class."""
     if isinstance(dense, STMoEPreTrainedModel):
         raise ValueError("dense: must be a dense model, got a mixture")
@@ -137,12 +199,12 @@ def _sparse_class(dense: PreTrainedModel) -> type[STMoEPreTrainedModel]:
     if getattr(dense, "hf_quantizer", None) is not None:
         raise ValueError("dense: must not be quantised; load it without quantization_config and quantise the mixture")
     family = family_of(dense.config.model_type)
-    for public in (STMoEForCausalLM, STMoEForSequenceClassification, STMoEModel):
+    for public, _, _ in KINDS:
         found = getattr(family, public.__name__, None)
         if found is not None and found.dense_class is type(dense):
             return found
     raise ValueError(
-        f"dense: must be a base model, causal language model or sequence classifier of {family.dense_model_type!r}, "
+        f"dense: must be a base model, causal language model or classifier of {family.dense_model_type!r}, "
         f"got {type(dense).__name__}"
     )
 
@@ -165,7 +227,8 @@ def mixture_config_of(
     Raises:
         ValueError: when a field is at fault, or the recipe can do nothing with these FFNs.
     """
-    config = STMoEConfig.from_dense(dense_config, **mixture_fields)
+    # A gate of shared experts is at fault without them, but the recipe may bring them.
+    config = STMoEConfig.from_dense(dense_config, **{k: v for k, v in mixture_fields.items() if k != _SHARED_GATE})
     chosen = RECIPES[recipe]
     derived: dict[str, Any] = {}
     for index in config.sparse_layer_indices:
@@ -187,7 +250,7 @@ def mixture_config_of(
                 )
             elif name in mixture_fields and mixture_fields[name] not in (None, value):
                 raise ValueError(f"{name}: recipe {recipe!r} makes it {value}, got {mixture_fields[name]!r}")
-    return STMoEConfig.from_dense(dense_config, **{**mixture_fields, **derived}) if derived else config
+    return STMoEConfig.from_dense(dense_config, **{**mixture_fields, **derived})
 
 
 def _check_width(config: STMoEConfig, ffn: FFNLocation, recipe: str) -> None:
@@ -199,14 +262,19 @@ def _check_width(config: STMoEConfig, ffn: FFNLocation, recipe: str) -> None:
         )
 
 
-def _take_over(sparse: nn.Module, dense: nn.Module, share: bool) -> None:
-    """Give the mixture every tensor of the dense model outside of the sparse FFNs: shared, or copied once each."""
-    taken: dict[int, torch.Tensor] = {}
+def _take_over(sparse: nn.Module, models: Sequence[nn.Module], rest: str, share: bool) -> None:
+    """Give the mixture every tensor of the dense model outside of the sparse FFNs: shared, or copied once each.
 
-    def take(tensor: torch.Tensor) -> torch.Tensor:
+    Of several models each parameter is their average, or the first one's, as `rest` says; buffers are constants.
+    """
+    taken: dict[int, Tensor] = {}
+
+    def take(tensors: Sequence[Any]) -> Tensor:
+        tensor = tensors[0]
         if id(tensor) not in taken:
-            fresh = tensor.detach() if share else tensor.detach().clone()
             is_parameter = isinstance(tensor, nn.Parameter)
+            values = [each.detach() for each in tensors]
+            fresh = values[0] if share else merged(values, rest if is_parameter else "first")
             taken[id(tensor)] = nn.Parameter(fresh, requires_grad=tensor.requires_grad) if is_parameter else fresh
         return taken[id(tensor)]
 
@@ -214,11 +282,12 @@ def _take_over(sparse: nn.Module, dense: nn.Module, share: bool) -> None:
     for name, module in sparse.named_modules():
         if f"{name}.".startswith(inside):
             continue
-        source = dense.get_submodule(name) if name else dense
-        for store, origin in ((module._parameters, source._parameters), (module._buffers, source._buffers)):
-            for key, value in store.items():
+        sources = [model.get_submodule(name) if name else model for model in models]
+        for store in ("_parameters", "_buffers"):
+            own = getattr(module, store)
+            for key, value in own.items():
                 if value is not None:
-                    store[key] = take(origin[key])  # type: ignore[arg-type]
+                    own[key] = take([getattr(source, store)[key] for source in sources])
 
 
 def fill_block(
@@ -228,7 +297,7 @@ def fill_block(
     options: Mapping[str, Any],
     router_std: float,
     generator: torch.Generator,
-) -> None:
+) -> Tensor | None:
     """Give one sparse block its weights: experts by the recipe, a random router, extra FFNs that add nothing.
 
     Args:
@@ -237,10 +306,13 @@ def fill_block(
         recipe, options: how experts are made.
         router_std: standard deviation of the router's weights.
         generator: of this layer.
+
+    Returns:
+        Which experts share router rows, `LayerTensors.router`.
     """
     like = sources[0].w_in
-    experts = block.experts
-    _fill_router(block.gate, like, router_std, generator)
+    experts: Any = block.experts
+    fill_router(block.gate, like, router_std, generator)
     for extra in (block.shared_experts, block.ffn_before, block.ffn_after):
         if extra is not None:
             _fill_extra(extra, like, block.initializer_range, generator)
@@ -259,13 +331,15 @@ def fill_block(
         _share_rows(block.gate, made.router)
     if block.shared_experts is not None and made.shared is not None:
         _fill_shared(block.shared_experts, made.shared)
+    return made.router
 
 
 @torch.no_grad()
-def _share_rows(router: Router, rows: torch.Tensor) -> None:
+def _share_rows(router: Router, rows: Tensor) -> None:
     """Give each expert the router row of that number, in every parameter that has one row per expert."""
     for parameter in router.parameters(recurse=False):
-        parameter.copy_(parameter[rows.to(parameter.device)])
+        if len(parameter) == len(rows):
+            parameter.copy_(parameter[rows.to(parameter.device)])
 
 
 def _fill_shared(ffn: DenseFFN, tensors: FFNTensors) -> None:
@@ -279,7 +353,7 @@ def _fill_shared(ffn: DenseFFN, tensors: FFNTensors) -> None:
             setattr(linear, name, nn.Parameter(piece.clone()))
 
 
-def _fill_router(router: Router, like: torch.Tensor, std: float, generator: torch.Generator) -> None:
+def fill_router(router: Router, like: torch.Tensor, std: float, generator: torch.Generator) -> None:
     """Initialise a router by its own rule, with weights of this standard deviation where it draws any."""
     router.to_empty(device="cpu")
     router.initializer_range = std
@@ -303,16 +377,28 @@ def _fill_extra(ffn: DenseFFN, like: torch.Tensor, std: float, generator: torch.
     ffn.reset_parameters()
 
 
-def _verified(dense: PreTrainedModel, sparse: STMoEPreTrainedModel, exact: bool) -> IdentityProof | None:
+def _verified(
+    dense: PreTrainedModel,
+    sparse: STMoEPreTrainedModel,
+    exact: bool,
+    inputs: Text | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    most: float | None,
+) -> IdentityProof | None:
     """Measure how far the mixture is from the dense model, and print it.
 
     Raises:
-        ValueError: when weights of the dense model that are NaN or infinite spoil the comparison.
-        RuntimeError: when the mixture should compute the dense function and does not.
+        ValueError: when weights of the dense model that are NaN or infinite spoil the comparison, or there is nothing
+            to compare and `most` asks for it.
+        RuntimeError: when the mixture should compute the dense function and does not, or differs by more than `most`.
     """
     if dense.device.type == "meta" or isinstance(sparse, STMoEModel):
+        if most is not None:
+            raise ValueError(
+                "require_identity: needs a model with weights and logits, got a base model or meta tensors"
+            )
         return None
-    proof = prove_identity(dense, sparse)
+    proof = prove_identity(dense, sparse, inputs, tokenizer)
     # Every weight is looked at only when there is a fault to explain, for that takes a pass over the whole model.
     if not proof.holds and (exact or not math.isfinite(proof.max_relative_difference)):
         _check_finite(dense)
@@ -322,6 +408,8 @@ def _verified(dense: PreTrainedModel, sparse: STMoEPreTrainedModel, exact: bool)
             f"The mixture should compute the dense function and does not ({proof}). The FFN of "
             f"{type(dense).__name__} is not what its layout says; please report this family."
         )
+    if most is not None and not proof.max_relative_difference <= most:  # NaN is not either
+        raise RuntimeError(f"require_identity: must be at most {most:g}, but {proof}")
     return proof
 
 

@@ -109,23 +109,15 @@ def _header(origin: str) -> str:
 
 def _entry(files: list[str]) -> str:
     """Text of the entry, which imports every file, so that Transformers copies it."""
-    classes = sorted(reference.partition(".")[2] for reference in auto_map().values())
-    config = STMoEConfig.__name__
-    models = [name for name in classes if name != config]
-    return "\n".join(
-        [
-            _header("the list of its modules") + f'"""What config.json names in auto_map: the mixtures of {_PACKAGE}."""',
-            "",
-            f"from .{_file(STMoEConfig.__module__.rpartition('.')[0])} import {config}",
-            f"from .{_file(_OWN_NAME.rpartition('.')[0])} import {', '.join(models)}",
-            "",
-            "# Transformers copies the files that are named in this way.",
-            *(f"from .{name} import __name__ as _" for name in files),
-            "",
-            f"__all__ = {classes}",
-            "",
-        ]
-    )
+    config, *models = (reference.partition(".")[2] for reference in auto_map().values())
+    lines = [
+        '"""What config.json names in auto_map."""',
+        f"from .{_file(STMoEConfig.__module__)} import {config}",
+        f"from .{_file(_OWN_NAME.rpartition('.')[0])} import {', '.join(models)}",
+        "# Transformers copies the files that are named in this way.",
+        *(f"from .{name} import __name__ as _" for name in files),
+    ]
+    return _header("the names of the modules") + "\n".join(lines) + "\n"
 
 
 def _is_ours(module: str | None) -> bool:

@@ -113,6 +113,10 @@ class STMoEExperts(nn.Module):
         gate, up = projected.chunk(2, dim=-1)
         return self.act_fn(gate) * up
 
+    def sorted_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """`sorted_experts_forward` of the copy of this module that the experts come from; shapes as in `forward`."""
+        return sorted_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
 
 # The host's dispatch fixes gate and bias per class.
 
@@ -221,4 +225,11 @@ def sorted_experts_forward(
     return output.to(hidden_states.dtype)
 
 
-ExpertsInterface.register(EXPERTS_IMPLEMENTATION, sorted_experts_forward)
+def _registered_forward(
+    self: STMoEExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    # The host keeps one function per name, and a process may hold copies of this module, from bundles.
+    return self.sorted_forward(hidden_states, top_k_index, top_k_weights)
+
+
+ExpertsInterface.register(EXPERTS_IMPLEMENTATION, _registered_forward)

@@ -141,11 +141,13 @@ def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
         if isinstance(module, nn.ModuleList) and not inner and any(_find_in_layer(layer) for layer in module):
             stacks[name] = module
     found = [(f"{name}.{index}", layer) for name, stack in stacks.items() for index, layer in enumerate(stack)]
+    if not found:
+        raise ValueError(f"{type(model).__name__}: holds no list of layers with a feed-forward network to make sparse")
     if len(found) != count:
-        sizes = ", ".join(f"{name} ({len(stack)})" for name, stack in stacks.items()) or "none"
+        sizes = ", ".join(f"{name} ({len(stack)})" for name, stack in stacks.items())
         raise ValueError(
-            f"{type(model).__name__}: must have {count} decoder layers that hold a feed-forward network, as its config "
-            f"says, but the lists of layers found are {sizes}; use a decoder or an encoder alone"
+            f"{type(model).__name__}: must have {count} layers with a feed-forward network among them, as its config "
+            f"says, but the lists found are {sizes}; use a decoder or an encoder alone"
         )
     return found
 

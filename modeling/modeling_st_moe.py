@@ -60,8 +60,8 @@ class STMoEPreTrainedModel(PreTrainedModel):
     #: How far the mixture is from its dense parent, when it was upcycled in this process.
     identity_proof: Any = None
 
-    #: Whether `save_pretrained` bundles code without being asked to.
-    _bundles_code: bool = IN_BUNDLE
+    #: Whether `save_pretrained` is asked for code by `push_to_hub`.
+    _bundles_code: bool = False
 
     _can_set_experts_implementation_cached_value = True
 
@@ -151,7 +151,7 @@ class STMoEPreTrainedModel(PreTrainedModel):
             return cls.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(  # type: ignore[override]  # the host's further arguments are passed on
+    def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
@@ -171,14 +171,15 @@ class STMoEPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: when the code cannot be bundled; nothing is written then.
         """
-        bundle_code = bundle_code or self._bundles_code
+        adapters = getattr(self, "_hf_peft_config_loaded", False)
+        bundle_code = bundle_code or self._bundles_code or (IN_BUNDLE and not adapters)
         if bundle_code:
             check_bundle(self.config.router_type, self.config.dense_model_type)
-            if push_to_hub or getattr(self, "_hf_peft_config_loaded", False):
+            if push_to_hub or adapters:
                 raise ValueError(
                     "bundle_code: must be False in save_pretrained with push_to_hub=True, for which there is "
-                    "model.push_to_hub(repo_id, bundle_code=True), and with adapters, which are saved without the model; "
-                    "got True"
+                    "model.push_to_hub(repo_id, bundle_code=True), and with adapters, which are saved without the "
+                    "model; got True"
                 )
         # As loaded, it names the code of another folder.
         vars(self.config).pop("auto_map", None)
@@ -186,7 +187,9 @@ class STMoEPreTrainedModel(PreTrainedModel):
         if bundle_code and self.should_save_on_this_rank(is_main_process):
             write_bundle(save_directory)
 
-    def push_to_hub(self, repo_id: str, *, bundle_code: bool = False, **kwargs: Any) -> str:
+    def push_to_hub(  # type: ignore[override]  # the host's is a copied function, typed with another self
+        self, repo_id: str, *, bundle_code: bool = False, **kwargs: Any
+    ) -> str:
         """Upload as Transformers does, with the code that the model runs on if `bundle_code`; see `save_pretrained`.
 
         Raises:
@@ -196,7 +199,7 @@ class STMoEPreTrainedModel(PreTrainedModel):
         # The host saves to a temporary folder, whose files it uploads.
         self._bundles_code = before or bundle_code
         try:
-            return super().push_to_hub(repo_id, **kwargs)
+            return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
         finally:
             self._bundles_code = before
 
@@ -350,11 +353,25 @@ class STMoEModel(STMoEPreTrainedModel):
 
     def _make_sparse(self, config: STMoEConfig) -> None:
         locations = locate_ffns(self)
+        self._check_tied_ffns(locations)
         for position, index in enumerate(config.sparse_layer_indices):
             if locations[index].storage == "none":
                 raise ValueError(f"sparse_layers: {locations[index].describe()}")
             install_sparse_block(self, locations[index], SparseBlock(config, locations[index], position))
         self.post_init()
+
+    def _check_tied_ffns(self, locations: list[FFNLocation]) -> None:
+        """Refuse to make only some of the layers sparse that share an FFN by tied weights (Zamba)."""
+        indices = set(self.config.sparse_layer_indices)
+        for names in self.all_tied_weights_keys.items():
+            tied = {ffn.layer for ffn in locations for name in names if name.startswith(f"{ffn.path}.")}
+            if len(tied) > 1 and not tied <= indices and tied & indices:
+                layers = ", ".join(map(str, sorted(tied)))
+                alone = ", ".join(map(str, sorted(tied & indices)))
+                raise ValueError(
+                    f"sparse_layers: layers {layers} share one FFN, so all of them or none must be sparse, got "
+                    f"{alone} alone"
+                )
 
     def init_parallel_plans(self) -> None:
         """The host's plans, with the experts' rules as the experts at hand need them.

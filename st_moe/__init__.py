@@ -12,14 +12,24 @@ from transformers import AutoConfig
 from st_moe.configuration import STMoEConfig, on_new_family
 
 if TYPE_CHECKING:
-    from st_moe.conversion import prove_identity, upcycle
+    from st_moe.conversion import prove_identity
+    from st_moe.conversion.upcycle import upcycle
     from st_moe.finetune import AdaptiveExperts, STMoETrainer
-    from st_moe.modeling import STMoEForCausalLM, STMoEForSequenceClassification, STMoEModel, locate_ffns
+    from st_moe.modeling import (
+        STMoEForCausalLM,
+        STMoEForImageClassification,
+        STMoEForSequenceClassification,
+        STMoEForTokenClassification,
+        STMoEModel,
+        locate_ffns,
+    )
 
 _ROOMS = {
     "AdaptiveExperts": "st_moe.finetune",
     "STMoEForCausalLM": "st_moe.modeling",
+    "STMoEForImageClassification": "st_moe.modeling",
     "STMoEForSequenceClassification": "st_moe.modeling",
+    "STMoEForTokenClassification": "st_moe.modeling",
     "STMoEModel": "st_moe.modeling",
     "STMoETrainer": "st_moe.finetune",
     "locate_ffns": "st_moe.modeling",
@@ -31,7 +41,9 @@ __all__ = [
     "AdaptiveExperts",
     "STMoEConfig",
     "STMoEForCausalLM",
+    "STMoEForImageClassification",
     "STMoEForSequenceClassification",
+    "STMoEForTokenClassification",
     "STMoEModel",
     "STMoETrainer",
     "locate_ffns",

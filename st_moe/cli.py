@@ -46,31 +46,61 @@ def upcycle(
     sparse_layers: Annotated[
         str | None, typer.Option(help="every:k, last:k or indices such as 1,3,5; all layers if left out.")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="How experts are made: copy, noise or drop.")] = "copy",
+    recipe: Annotated[
+        str, typer.Option(help="How experts are made: copy, noise, drop, split, granular, shared or merge.")
+    ] = "copy",
     recipe_option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Option of the recipe, e.g. ratio=0.5; repeatable.")
     ] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(metavar="SOURCE", help="Another model, for the recipe merge; repeatable.")
+    ] = None,
     router_std: Annotated[float, typer.Option(help="Standard deviation of the routers' weights.")] = 0.02,
+    router_init: Annotated[
+        str | None, typer.Option(help="How routers start, if not by their own rule: normal, zeros, prompts or cluster.")
+    ] = None,
+    router_texts: Annotated[
+        Path | None, typer.Option(help="File with one text per line, for routers that start from text.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    verify: Annotated[bool, typer.Option(help="Compare step 0 with the dense model.")] = True,
+    layer_proof: Annotated[
+        bool, typer.Option("--layer-proof", help="Compare layer by layer, even if both models fit into memory.")
+    ] = False,
+    require_identity: Annotated[
+        float | None, typer.Option(help="Largest relative difference of step 0 that is accepted, e.g. 1e-4.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="NAME", help="Upload the result to the Hub.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing destination.")] = False,
     settings: Settings = None,
 ) -> None:
     """Turn a dense checkpoint into a mixture of experts, and prove that step 0 computes the same function."""
-    from st_moe.conversion import upcycle_checkpoint
+    from st_moe.conversion.folder import plan_checkpoint, plan_table, upcycle_checkpoint
 
+    routers = {
+        "router_init": router_init,
+        "router_texts": None if router_texts is None else router_texts.read_text(encoding="utf-8").splitlines(),
+    }
     own: dict[str, Any] = {
-        "source": source,
-        "destination": destination,
+        "source": [source, *also] if also else source,
         "recipe": recipe,
         "recipe_options": _pairs("--recipe-option", recipe_option),
         "router_std": router_std,
         "seed": seed,
-        "overwrite": overwrite,
+        "max_shard_size": max_shard_size,
+        "in_memory_options": {name: value for name, value in routers.items() if value is not None},
         "num_experts": num_experts,
         "num_experts_per_tok": top_k,
         "sparse_layers": None if sparse_layers is None else _layers(sparse_layers),
     }
-    upcycle_checkpoint(**_joined(own, settings))
+    if dry_run:
+        Console().print(plan_table(plan_checkpoint(**_joined(own, settings)), destination))
+        return
+    own |= {"destination": destination, "overwrite": overwrite, "push_to_hub": push_to_hub}
+    own["verify"] = "layers" if verify and layer_proof else verify
+    upcycle_checkpoint(**_joined({**own, "require_identity": require_identity}, settings))
     _say(f"written: {destination}")
 
 
@@ -152,6 +182,58 @@ def report(
     Console().print(summary_table(output))
     for path in drawn:
         _say(f"drawn: {path}")
+
+
+@app.command(epilog="Example: st-moe export ./out --to qwen3_moe ./out-qwen3-moe")
+def export(
+    model: Annotated[str, typer.Argument(help="Mixture: a folder, or a name on the Hub.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[
+        str | None,
+        typer.Option(help="Native architecture such as mixtral or qwen3_moe, or dense for one FFN per layer."),
+    ] = None,
+    experts: Annotated[
+        str, typer.Option(help="With --to dense: average, or the number of the expert to keep.")
+    ] = "average",
+    format: Annotated[
+        str, typer.Option(help="native, or per-expert for our own checkpoint with one tensor per expert.")
+    ] = "native",
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing destination.")] = False,
+) -> None:
+    """Write a mixture for other tools: a native Transformers checkpoint with equal logits, or a dense model."""
+    from st_moe.conversion import export_dense, export_native, export_per_expert
+
+    if format not in ("native", "per-expert"):
+        raise ValueError(f"--format: must be native or per-expert, got {format!r}")
+    if (to is None) != (format == "per-expert"):
+        raise ValueError("--to: name the architecture to write, or give --format per-expert without it")
+    if experts != "average" and to != "dense":
+        raise ValueError(f"--experts: is for --to dense, got {experts!r}")
+    if to is None:
+        export_per_expert(model, destination, overwrite=overwrite)
+    elif to == "dense":
+        number = int(experts) if experts.isdecimal() else experts
+        export_dense(model, destination, experts=number, overwrite=overwrite)
+    else:
+        proof = export_native(model, to, destination, overwrite=overwrite)
+        _say(f"largest relative logit difference: {proof.max_relative_difference:.1e}")
+    _say(f"written: {destination}")
+
+
+@app.command("import", epilog="Example: st-moe import mistralai/Mixtral-8x7B-v0.1 ./mixtral")
+def import_(
+    model: Annotated[str, typer.Argument(help="Native mixture: a folder, or a name on the Hub.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    family: Annotated[
+        str | None, typer.Option(help="Dense family of the result, such as llama; the first that fits if left out.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing destination.")] = False,
+) -> None:
+    """Turn a native mixture of Transformers into one of this project, with equal logits."""
+    from st_moe.conversion import import_checkpoint
+
+    import_checkpoint(model, destination, family=family, overwrite=overwrite)
+    _say(f"written: {destination}")
 
 
 @app.command(epilog="Example: st-moe demo --fast")

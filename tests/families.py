@@ -8,7 +8,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerFast
 
-from benchmarks.tiny_models import HIDDEN, LAYERS, VOCAB, WIDTH, dense_model, perturb, tiny_config
+from benchmarks.tiny_models import (  # noqa: F401 -- the tests take them from here
+    HIDDEN,
+    LAYERS,
+    VOCAB,
+    WIDTH,
+    dense_model,
+    perturb,
+    tiny_config,
+)
 from st_moe import STMoEConfig, STMoEForCausalLM, upcycle
 from st_moe.modeling.routing import Router
 

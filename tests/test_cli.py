@@ -25,7 +25,7 @@ from tests.families import dense_model, mixture, tiny_tokenizer
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on"
 QUICK = ("--max-length", "16", "--batch-size", "4", "--max-steps", "3", "--learning-rate", "0.01")
-COMMANDS = ("upcycle", "finetune", "inspect", "report", "demo")
+COMMANDS = ("upcycle", "finetune", "inspect", "report", "export", "import", "demo")
 
 
 class Result(NamedTuple):
@@ -170,7 +170,7 @@ def test_help_names_every_command() -> None:
     shown = CliRunner().invoke(cli.app, ["--help"])
     assert shown.exit_code == 0
     assert all(re.search(rf"^│ {name} ", shown.output, re.MULTILINE) for name in COMMANDS)
-    assert {command.callback.__name__ for command in cli.app.registered_commands} == set(COMMANDS)
+    assert {command.callback.__name__.rstrip("_") for command in cli.app.registered_commands} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -178,7 +178,7 @@ def test_every_option_is_explained(command: str) -> None:
     shown = CliRunner().invoke(cli.app, [command, "-h"])
     assert shown.exit_code == 0
     assert f"Example: st-moe {command}" in shown.output
-    callback = next(c.callback for c in cli.app.registered_commands if c.callback.__name__ == command)
+    callback = next(c.callback for c in cli.app.registered_commands if c.callback.__name__.rstrip("_") == command)
     for name in callback.__annotations__.keys() - {"return", "settings"}:
         assert name.replace("_", "-") in shown.output or name.upper() in shown.output, name
 

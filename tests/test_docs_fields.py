@@ -12,6 +12,7 @@ from st_moe import STMoEConfig
 from st_moe.configuration import LOSSES, MIXTURE_FIELDS, ROUTER_TYPES
 from st_moe.conversion import RECIPES
 from st_moe.conversion.recipes import check_recipe
+from st_moe.conversion.router_init import ROUTER_INITS, check_router_init
 from tests.families import FAMILIES
 from tests.test_docs import PAGE_SECONDS, ROOT, blocks_of, run_page
 from tests.test_structure import source_files
@@ -136,6 +137,17 @@ def test_a_wrong_router_is_seen(before: str, after: str, fault: str) -> None:
     text = ROUTERS.read_text(encoding="utf-8")
     assert text.count(before) == 1
     assert any(fault in found for found in router_faults(text.replace(before, after)))
+
+
+def test_the_upcycling_page_has_every_router_initialisation() -> None:
+    rows = {
+        row[0].strip('`"'): row for row in rows_of(UPCYCLING.read_text(encoding="utf-8"), ("`router_init`", "Rows"))
+    }
+    assert set(rows) == set(ROUTER_INITS)
+    for name, row in rows.items():
+        assert (row[3] == "yes") is ROUTER_INITS[name].reads_text
+        options = {} if row[2] == "none" else {o.split("=")[0].strip(" `"): 1.0 for o in row[2].split(",")}
+        check_router_init(name, options, ["a text"] if row[3] == "yes" else None)
 
 
 def texts_of(source: str) -> list[str]:

@@ -11,12 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from st_moe.modeling.kernels import activations
+
+#: Namespace of the operators. Beside the package's own, a process may hold copies of this module, from bundles, each
+#: with another namespace: a second operator of the same name would take the first one's place.
+NAMESPACE = "st_moe" if __name__.startswith("st_moe.") else f"st_moe_{crc32(__name__.encode()):08x}"
+_OPERATORS = getattr(torch.ops, NAMESPACE)
 
 # Elements of one expert's matrix.
 _LARGE_WEIGHT = 2**21

@@ -23,7 +23,14 @@ from transformers import (
 )
 
 from st_moe import STMoEConfig, STMoEForCausalLM
-from st_moe.configuration import LOSSES, MIXTURE_FIELDS, configuration_st_moe, dense_model_types, family_config
+from st_moe.configuration import (
+    LOSSES,
+    MIXTURE_FIELDS,
+    configuration_st_moe,
+    dense_model_types,
+    family_config,
+    num_ffn_layers,
+)
 from tests.families import tiny_config
 
 INF, NAN = float("inf"), float("nan")
@@ -636,11 +643,13 @@ def test_every_family_makes_a_config() -> None:
         except ValueError as error:
             refused.append((family, str(error)))
             continue
-        assert config.sparse_layer_indices == list(range(dense.num_hidden_layers)), family
+        assert config.sparse_layer_indices == list(range(num_ffn_layers(dense))), family
         assert config.dense_config().to_dict() == dense.to_dict(), family
         assert_same_config(STMoEConfig.from_dict(config.to_dict()), config)
     assert len(dense_model_types()) > 50
-    assert not refused
+    # Its default has layers of experts; without them it is dense.
+    assert [family for family, _ in refused] == ["nemotron_h"]
+    assert "layers_block_type: must leave the dense model without experts" in refused[0][1]
 
 
 def test_a_dense_configs_own_attributes_are_not_taken_for_misspelt() -> None:

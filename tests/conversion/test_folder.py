@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,8 @@ from transformers import (
 
 from st_moe import STMoEForCausalLM, STMoEForSequenceClassification, cli, upcycle
 from st_moe.conversion import folder as folder_module
-from st_moe.conversion import upcycle_checkpoint
+from st_moe.conversion import streaming, upcycle_checkpoint
+from st_moe.conversion.streaming import Plan
 from tests.families import FAMILIES, TOLERANCE, dense_model, relative_difference, tiny_tokenizer, token_ids
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -97,10 +99,11 @@ def test_model_card(dense: Path, tmp_path: Path) -> None:
 
 
 def test_model_card_of_a_hub_model_links_it() -> None:
-    config = upcycle(dense_model("llama"), num_experts=2, verify=False).config
-    card = folder_module._model_card("org/name", config, "copy", 0, None)
+    facts = dict.fromkeys(("family", "experts", "choices", "sparse_layers", "layers", "total", "active"), 1)
+    card = folder_module._model_card("org/name", Plan("folder", "copy", {}, facts=facts), 0, None, {"a": 2, "b": 1})
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "org/name"
     assert "not measured" in card
+    assert "| NaN or infinite weights of the source | 3 values in 2 tensors: a, b |" in card
 
 
 def test_a_fresh_process_loads_it_with_the_auto_class(dense: Path, tmp_path: Path) -> None:
@@ -178,7 +181,7 @@ def mamba(path: Path) -> Path:
         ({"num_expert": 3}, "num_expert: is not a field of the mixture; did you mean 'num_experts'"),
         ({"hidden_size": 64}, "hidden_size: is not a field of the mixture"),
         ({"dense_model_type": "gpt2"}, "dense_model_type: is not a field of the mixture"),
-        ({"recipe": "clone"}, "recipe: must be one of copy, noise, drop, got 'clone'"),
+        ({"recipe": "clone"}, "recipe: must be one of copy, noise, drop, .*got 'clone'"),
         ({"recipe_options": {"ratio": 0.5}}, "recipe_options: 'copy' takes no options, got ratio"),
         ({"recipe": "drop", "recipe_options": {"ratio": 1.5}}, r"recipe_options: ratio must be in \[0, 1\], got 1.5"),
         ({"recipe": "noise", "recipe_options": {"scale": "x"}}, "recipe_options: scale must be a real number, got 'x'"),
@@ -199,7 +202,7 @@ def test_arguments_are_checked_before_weights_are_read(
 
 
 def test_a_model_without_ffns_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"source: .*mamba\) .*no feed-forward network"):
+    with pytest.raises(ValueError, match=r"no mixture can be made from .mamba.: .*hold no FFN"):
         convert(mamba(tmp_path / "mamba"), tmp_path / "moe")
     assert not (tmp_path / "moe").exists()
 
@@ -226,14 +229,19 @@ def test_without_a_model_type_nothing_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 
-def test_weights_that_are_no_numbers_leave_nothing(dense: Path, tmp_path: Path) -> None:
+def test_weights_that_are_no_numbers_are_counted(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(folder_module.logger, "propagate", True)
     model = LlamaForCausalLM.from_pretrained(dense)
     with torch.no_grad():
-        model.lm_head.weight[3] = float("nan")
+        model.lm_head.weight[3, :5] = float("nan")
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
     model.save_pretrained(dense)
-    with pytest.raises(ValueError, match=r"dense: every weight must be finite, but 1 of \d+ tensors .*lm_head\.weight"):
-        convert(dense, tmp_path / "moe")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+    convert(dense, tmp_path / "moe")
+    text = "6 values in 2 tensors: lm_head.weight, model.layers.1.mlp.up_proj.weight"
+    assert f"weights are NaN or infinite: {text}" in caplog.text
+    assert text in (tmp_path / "moe" / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_mixture_is_refused(dense: Path, tmp_path: Path) -> None:
@@ -293,23 +301,39 @@ def half_written(model: Any, folder: Path, **kwargs: Any) -> None:
     raise KeyboardInterrupt
 
 
-FAILURES: dict[str, tuple[Any, str, Callable[..., Any], type[BaseException]]] = {
-    "weights": (PreTrainedModel, "save_pretrained", disk_full, OSError),
-    "interrupt": (PreTrainedModel, "save_pretrained", half_written, KeyboardInterrupt),
-    "tokenizer": (folder_module, "_copy_companions", disk_full, OSError),
-    "card": (folder_module, "_model_card", disk_full, OSError),
+def interrupted(*args: Any, **kwargs: Any) -> None:
+    raise KeyboardInterrupt
+
+
+FAILURES: dict[str, tuple[Any, str, Callable[..., Any], type[BaseException], str]] = {
+    "weights": (streaming, "_write_all", disk_full, OSError, "destination: the disk of .* is full; make room"),
+    "interrupt": (streaming, "_write_all", interrupted, KeyboardInterrupt, ""),
+    "tokenizer": (folder_module, "_copy_companions", disk_full, OSError, "destination: the disk of .* is full"),
+    "card": (folder_module, "_model_card", disk_full, OSError, "destination: the disk of .* is full"),
+    "too little room": (
+        folder_module.shutil,
+        "disk_usage",
+        lambda path: SimpleNamespace(free=1000),
+        OSError,
+        "bytes are to be written, but the disk of .* has 1,000 free",
+    ),
 }
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_failing_write_leaves_nothing(
+def test_after_a_failing_write_the_same_call_goes_on(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
-    place, name, replacement, error = FAILURES[failure]
-    monkeypatch.setattr(place, name, replacement)
-    with pytest.raises(error):
-        convert(dense, tmp_path / "new" / "deep" / "moe")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+    place, name, replacement, error, message = FAILURES[failure]
+    with monkeypatch.context() as patched:
+        patched.setattr(place, name, replacement)
+        with pytest.raises(error, match=message):
+            convert(dense, tmp_path / "new" / "deep" / "moe")
+    assert [path.name for path in (tmp_path / "new" / "deep").iterdir()] == ["moe.partial"]
+    convert(dense, tmp_path / "new" / "deep" / "moe")
+    convert(dense, tmp_path / "straight")
+    assert [path.name for path in (tmp_path / "new" / "deep").iterdir()] == ["moe"]
+    assert contents(tmp_path / "new" / "deep" / "moe") == contents(tmp_path / "straight")
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -317,31 +341,30 @@ def test_a_failing_write_keeps_what_would_be_replaced(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
     convert(dense, tmp_path / "moe", num_experts=2)
-    before = contents(tmp_path)
-    place, name, replacement, error = FAILURES[failure]
+    before = contents(tmp_path / "moe")
+    place, name, replacement, error, message = FAILURES[failure]
     monkeypatch.setattr(place, name, replacement)
-    with pytest.raises(error):
+    with pytest.raises(error, match=message):
         convert(dense, tmp_path / "moe", overwrite=True)
-    assert contents(tmp_path) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe"]
+    assert contents(tmp_path / "moe") == before
 
 
 def test_a_failing_exchange_puts_the_old_folder_back(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(dense, tmp_path / "moe", num_experts=2)
-    before = contents(tmp_path)
+    before = contents(tmp_path / "moe")
     rename = Path.rename
 
     def refuse_fresh(path: Path, target: Path) -> Path:
-        if path.name == "fresh":
+        if path.name == "model":
             raise OSError("device is busy")
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refuse_fresh)
     with pytest.raises(OSError, match="device is busy"):
         convert(dense, tmp_path / "moe", overwrite=True)
-    assert contents(tmp_path) == before
+    assert contents(tmp_path / "moe") == before
 
 
 def test_overwrite_replaces_the_whole_folder(dense: Path, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Recipes: what each does to which weights, against plain loops over experts and neurons."""
 
+import inspect
 import re
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from st_moe import STMoEConfig, locate_ffns, upcycle
+from st_moe import STMoEConfig, STMoEForCausalLM, locate_ffns, prove_identity, upcycle
 from st_moe.conversion import RECIPES, FFNTensors
-from st_moe.conversion.recipes import check_recipe, copy, drop, noise, read_ffn, try_recipe
+from st_moe.conversion.partition import PARTITIONS, balanced_kmeans
+from st_moe.conversion.recipes import (
+    LayerTensors,
+    check_recipe,
+    copy,
+    drop,
+    noise,
+    read_ffn,
+    try_recipe,
+)
 from st_moe.modeling.sparse_block import SparseBlock
-from tests.families import FAMILIES, LAYERS, dense_model, pair
+from tests.families import FAMILIES, LAYERS, dense_model, pair, token_ids
 
 E, H, WIDTH = 4, 40, 60
 
@@ -42,7 +53,7 @@ def matrices_by_neuron(w_in: Tensor, w_out: Tensor) -> list[Tensor]:
     return [*w_in.split(WIDTH), w_out.T]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ["copy", "noise", "drop", "merge"])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -202,14 +213,14 @@ def test_every_kind_of_real_number_is_the_same_option(name: str, option: str, va
 
 
 def test_unknown_recipes_and_options_are_refused() -> None:
-    with pytest.raises(ValueError, match="recipe: must be one of copy, noise, drop, got 'clone'"):
+    with pytest.raises(ValueError, match=r"recipe: must be one of copy, noise, drop, .*, got 'clone'"):
         check_recipe("clone", {})
-    with pytest.raises(ValueError, match="recipe_options: 'drop' takes ratio, got fraction, scale"):
+    with pytest.raises(ValueError, match="recipe_options: 'drop' takes ratio, shared_set, got fraction, scale"):
         check_recipe("drop", {"scale": 1, "fraction": 0.5})
     for check in (check_recipe, try_recipe):
         with pytest.raises(ValueError, match="recipe_options: 'copy' takes no options, got ratio"):
             check("copy", {"ratio": 0.5})
-    with pytest.raises(ValueError, match="recipe_options: 'drop' takes ratio, got 1, rate"):
+    with pytest.raises(ValueError, match="recipe_options: 'drop' takes ratio, shared_set, got 1, rate"):
         check_recipe("drop", {"rate": 1, 1: 2})  # type: ignore[dict-item]
     config = STMoEConfig()
     assert check_recipe("noise", {"scale": 0.1}).keeps_function({"scale": 0.1}, config) is False
@@ -267,3 +278,379 @@ def test_a_layer_does_not_depend_on_the_layers_before(recipe: str) -> None:
         for layer, location in zip(everywhere.model.layers, locate_ffns(dense), strict=True)
     ]
     assert recipe == "noise" or not torch.equal(dropped[0], dropped[2])
+
+
+def made(name: str, dense: FFNTensors, choices: int = 2, seed: int = 0, **options: Any) -> LayerTensors:
+    return RECIPES[name].make([dense], E, choices, generator(seed), options)
+
+
+def run(ffn: FFNTensors, x: Tensor, gated: bool) -> Tensor:
+    """An FFN with a SiLU, in float64."""
+    w_in, w_out = ffn.w_in.double(), ffn.w_out.double()
+    hidden = x @ w_in.T + (0 if ffn.b_in is None else ffn.b_in.double())
+    if gated:
+        gate, up = hidden.chunk(2, -1)
+        hidden = torch.nn.functional.silu(gate) * up
+    else:
+        hidden = torch.nn.functional.silu(hidden)
+    return hidden @ w_out.T + (0 if ffn.b_out is None else ffn.b_out.double())
+
+
+def expert_of(experts: FFNTensors, number: int) -> FFNTensors:
+    return FFNTensors(*(None if tensor is None else tensor[number] for tensor in experts))
+
+
+def weighted(layer: LayerTensors, chosen: list[int], weights: list[float], x: Tensor, gated: bool) -> Tensor:
+    """What a sparse layer gives one token: the weighted sum of its experts, and the shared one."""
+    total = sum(w * run(expert_of(layer.experts, e), x, gated) for e, w in zip(chosen, weights, strict=True))
+    return total if layer.shared is None else total + run(layer.shared, x, gated)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> bool:
+    return bool((actual - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def neurons_of(expert: FFNTensors, dense: FFNTensors) -> list[int]:
+    """The dense neuron that each neuron of an expert is, by its first row."""
+    rows = dense.w_in[:WIDTH]
+    found = [(rows == row).all(-1).nonzero().flatten().tolist() for row in expert.w_in[: expert.w_out.shape[1]]]
+    assert all(len(matches) == 1 for matches in found)
+    return [matches[0] for matches in found]
+
+
+INPUTS = torch.randn(7, H, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+KINDS = pytest.mark.parametrize(("gated", "bias"), [(True, False), (True, True), (False, True)])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_drop_with_a_set_per_matrix(gated: bool) -> None:
+    """As the published code does: the sets differ, so more neurons are touched than with one."""
+    dense = dense_ffn(gated)
+    experts = drop([dense], 100, generator(), ratio=0.5, shared_set=False).experts
+    touched = []
+    for expert in range(100):
+        pairs = zip(
+            matrices_by_neuron(experts.w_in[expert], experts.w_out[expert]),
+            matrices_by_neuron(dense.w_in, dense.w_out),
+            strict=True,
+        )
+        changed = torch.stack([(new != old).any(-1) for new, old in pairs])
+        assert (changed.sum(1) == WIDTH // 2).all()
+        touched.append(changed.any(0).float().mean())
+    matrices = 3 if gated else 2
+    assert torch.stack(touched).mean().item() == pytest.approx(1 - 0.5**matrices, abs=0.02)
+
+
+@KINDS
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_split_gives_each_neuron_to_one_expert(gated: bool, bias: bool, partition: str) -> None:
+    dense = dense_ffn(gated, bias)
+    layer = made("split", dense, partition=partition, rescale=3.0)
+    assert layer.shared is None
+    assert layer.router is None
+    neurons = [neurons_of(expert_of(layer.experts, e), dense) for e in range(E)]
+    assert sorted(neuron for own in neurons for neuron in own) == list(range(WIDTH))
+    for expert, own in enumerate(neurons):
+        alone = expert_of(layer.experts, expert)
+        rows = torch.cat([torch.tensor(own) + part * WIDTH for part in range(2 if gated else 1)])
+        assert torch.equal(alone.w_in, dense.w_in[rows])
+        assert torch.equal(alone.w_out, dense.w_out[:, own] * 3)
+        if bias:
+            assert torch.equal(alone.b_in, dense.b_in[rows])
+            assert torch.equal(alone.b_out, dense.b_out)
+    in_order = neurons == [list(range(e * 15, e * 15 + 15)) for e in range(E)]
+    assert in_order is (partition == "first")
+
+
+@KINDS
+def test_split_is_exact_only_for_equal_weights_of_all(gated: bool, bias: bool) -> None:
+    dense = dense_ffn(gated, bias)
+    expected, everything = run(dense, INPUTS, gated), list(range(E))
+    layer = made("split", dense, choices=E, rescale=E)
+    assert close(weighted(layer, everything, [1 / E] * E, INPUTS, gated), expected)
+    assert not close(weighted(layer, everything, [0.4, 0.2, 0.2, 0.2], INPUTS, gated), expected, 1e-3)
+    assert not close(weighted(layer, [0, 1], [0.5, 0.5], INPUTS, gated), expected, 1e-3)
+    published = made("split", dense, choices=E)
+    assert not close(weighted(published, everything, [1 / E] * E, INPUTS, gated), expected, 1e-3)
+
+
+@pytest.mark.parametrize("choices", [1, 2, 4])
+def test_split_rescales_by_experts_over_choices(choices: int) -> None:
+    dense = dense_ffn()
+    layer, plain = made("split", dense, choices), made("split", dense, choices, rescale=1)
+    assert torch.equal(layer.experts.w_out, plain.experts.w_out * (E / choices))
+    assert torch.equal(layer.experts.w_in, plain.experts.w_in)
+
+
+@KINDS
+@pytest.mark.parametrize("granularity", [1, 2, 4])
+def test_granular_groups_add_up(gated: bool, bias: bool, granularity: int) -> None:
+    dense = dense_ffn(gated, bias)
+    layer = made("granular", dense, choices=4, granularity=granularity)
+    assert layer.router is not None
+    assert layer.router.tolist() == [i // granularity * granularity for i in range(E)]
+    assert layer.experts.w_out.shape == (E, H, WIDTH // granularity)
+    for expert in range(E):
+        shard = range(expert % granularity * (WIDTH // granularity), (expert % granularity + 1) * WIDTH // granularity)
+        assert neurons_of(expert_of(layer.experts, expert), dense) == list(shard)
+    expected, copies = run(dense, INPUTS, gated), E // granularity
+    for share in ([1.0] + [0.0] * (copies - 1), [1 / copies] * copies):
+        weights = [share[e // granularity] / granularity for e in range(E)]
+        assert close(weighted(layer, list(range(E)), weights, INPUTS, gated), expected)
+    if granularity == 2:
+        # A group that is torn apart is no copy.
+        assert not close(weighted(layer, [0, 2], [0.5, 0.5], INPUTS, gated), expected, 1e-3)
+
+
+@KINDS
+@pytest.mark.parametrize("choices", [2, 4])
+def test_granular_before_the_softmax_is_exact_for_equal_probabilities(gated: bool, bias: bool, choices: int) -> None:
+    dense = dense_ffn(gated, bias)
+    layer = made("granular", dense, choices, weighting="pre_softmax")
+    expected, chosen = run(dense, INPUTS, gated), list(range(choices))
+    assert torch.equal(layer.experts.w_out[0], dense.w_out[:, : WIDTH // 2] * (E * 2 / choices))
+    assert close(weighted(layer, chosen, [1 / E] * choices, INPUTS, gated), expected)
+    assert not close(weighted(layer, chosen, [0.3] * choices, INPUTS, gated), expected, 1e-3)
+    rooted = made("granular", dense, choices, weighting="pre_softmax", spread=3)
+    assert close(rooted.experts.w_in[0], layer.experts.w_in[0] * (E * 2 / choices) ** (1 / 3))
+    assert close(rooted.experts.w_out[0], dense.w_out[:, : WIDTH // 2] * (E * 2 / choices) ** (1 / 3))
+    assert not close(weighted(rooted, chosen, [1 / E] * choices, INPUTS, gated), expected, 1e-3)
+
+
+@KINDS
+@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize("num_shared", [1, 2])
+def test_shared_and_copies_add_up(gated: bool, bias: bool, partition: str, num_shared: int) -> None:
+    dense = dense_ffn(gated, bias)
+    layer = made("shared", dense, num_shared=num_shared, partition=partition)
+    assert layer.shared is not None
+    width = WIDTH // (num_shared + 1)
+    assert layer.shared.w_out.shape == (H, num_shared * width)
+    always, routed = (neurons_of(ffn, dense) for ffn in (layer.shared, expert_of(layer.experts, 0)))
+    assert sorted(always + routed) == list(range(WIDTH))
+    expected = run(dense, INPUTS, gated)
+    assert close(weighted(layer, [3, 1], [0.8, 0.2], INPUTS, gated), expected)
+    assert not close(weighted(layer, [3, 1], [0.8, 0.1], INPUTS, gated), expected, 1e-3)
+    alone = layer._replace(shared=layer.shared._replace(w_out=torch.zeros_like(layer.shared.w_out)))
+    assert not close(weighted(alone, [3, 1], [0.8, 0.2], INPUTS, gated), expected, 1e-3)
+
+
+@KINDS
+def test_shared_and_shards(gated: bool, bias: bool) -> None:
+    dense = dense_ffn(gated, bias)
+    layer = made("shared", dense, choices=E, routed="split", rescale=E)
+    assert layer.shared is not None
+    pieces = [layer.shared, *(expert_of(layer.experts, e) for e in range(E))]
+    neurons = [neurons_of(piece, dense) for piece in pieces]
+    assert neurons == [list(range(i * 12, i * 12 + 12)) for i in range(5)]
+    expected = run(dense, INPUTS, gated)
+    assert close(weighted(layer, list(range(E)), [1 / E] * E, INPUTS, gated), expected)
+    assert not close(weighted(layer, [0, 1], [0.5, 0.5], INPUTS, gated), expected, 1e-3)
+
+
+def test_shared_takes_the_largest_cluster() -> None:
+    dense = dense_ffn()
+    large = torch.arange(0, WIDTH, 2)
+    direction = torch.nn.functional.one_hot(torch.tensor(3), H).float()
+    w_in = dense.w_in.clone()
+    w_in[torch.cat([large, large + WIDTH])] = 50 * direction + torch.randn(WIDTH, H, generator=generator())
+    layer = made("shared", dense._replace(w_in=w_in), partition="kmeans")
+    assert layer.shared is not None
+    assert sorted(neurons_of(layer.shared, dense._replace(w_in=w_in))) == large.tolist()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_balanced_kmeans_finds_planted_clusters(seed: int) -> None:
+    centres = torch.randn(5, 8, generator=generator(seed)) * 10
+    planted = torch.arange(5).repeat_interleave(9)[torch.randperm(45, generator=generator(seed))]
+    points = centres[planted] + torch.randn(45, 8, generator=generator(seed + 10))
+    labels, means = balanced_kmeans(points, 5, generator(seed))
+    assert labels.bincount().tolist() == [9] * 5
+    # The same sets, whatever they are called.
+    assert torch.equal(labels[:, None] == labels, planted[:, None] == planted)
+    for cluster in range(5):
+        assert torch.allclose(means[cluster], points[labels == cluster].mean(0), atol=1e-5)
+
+
+def test_balanced_kmeans_is_balanced_and_better_than_chance() -> None:
+    points = torch.randn(103, 6, generator=generator())
+    points[:60] += 4  # far more than a cluster holds
+    labels, means = balanced_kmeans(points, 4, generator())
+    assert labels.bincount(minlength=4).max() <= 26
+    cost = (points - means[labels]).square().sum()
+    drawn = torch.randperm(103, generator=generator()) % 4
+    by_chance = sum((points[drawn == c] - points[drawn == c].mean(0)).square().sum() for c in range(4))
+    assert cost < 0.75 * by_chance
+    again, _ = balanced_kmeans(points, 4, generator())
+    assert torch.equal(labels, again)
+    for value in (1.0, float("nan"), float("inf"), 1e30):
+        labels, _ = balanced_kmeans(torch.full((9, 3), value), 3, generator())
+        assert labels.bincount().tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("split", {"partition": "graph"}, "partition must be one of first, random, kmeans, got 'graph'"),
+        ("split", {"rescale": 0}, "rescale must be finite and positive, or None, got 0"),
+        ("split", {"rescale": "x"}, "rescale must be a real number, got 'x'"),
+        ("granular", {"granularity": 0}, "granularity must be a whole number of at least 1, got 0"),
+        ("granular", {"granularity": 2.0}, "granularity must be a whole number"),
+        ("granular", {"weighting": "none"}, "weighting must be one of post_softmax, pre_softmax, got 'none'"),
+        ("granular", {"spread": 4}, "spread must be a whole number of at least 1 and at most 3, got 4"),
+        ("shared", {"num_shared": True}, "num_shared must be a whole number of at least 1, got True"),
+        ("shared", {"routed": 1}, "routed must be one of copy, split, got 1"),
+        ("drop", {"shared_set": 1}, "shared_set must be one of True, False, got 1"),
+        ("merge", {"rest": "last"}, "rest must be one of average, first, got 'last'"),
+    ],
+)
+def test_faulty_options_are_refused_before_and_by_the_recipe(name: str, options: dict[str, Any], message: str) -> None:
+    for attempt in (lambda: try_recipe(name, options), lambda: made(name, dense_ffn(), **options)):
+        with pytest.raises(ValueError, match=f"recipe_options: {message}"):
+            attempt()
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="rescale must be None with routed 'copy', whose sum is exact, got 2"):
+        made("shared", dense_ffn(), rescale=2)
+    with pytest.raises(ValueError, match=r"width must be a multiple of the 7 parts .*, got 60"):
+        RECIPES["split"].make([dense_ffn()], 7, 2, generator(), {})
+    with pytest.raises(ValueError, match=r"num_experts_per_tok: must be a multiple of the granularity 2.*, got 3"):
+        made("granular", dense_ffn(), choices=3)
+    with pytest.raises(ValueError, match=r"num_experts: must be a multiple of the granularity 3.*, got 4"):
+        made("granular", dense_ffn(), choices=3, granularity=3)
+    with pytest.raises(ValueError, match="num_experts: must be a multiple of the 3 models that are merged, got 4"):
+        RECIPES["merge"].make([dense_ffn()] * 3, E, 2, generator(), {})
+
+
+def test_every_option_has_its_rule() -> None:
+    for name, recipe in RECIPES.items():
+        for parameter in inspect.signature(recipe.function).parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
+                try_recipe(name, {parameter.name: parameter.default})
+
+
+EXACT = [
+    ("granular", {"granularity": 2}, {"num_experts_per_tok": 2}),
+    ("granular", {"granularity": 2}, {"num_experts_per_tok": 4}),
+    ("granular", {"granularity": 4}, {"num_experts_per_tok": 4}),
+    ("granular", {"granularity": 3}, {"num_experts": 9, "num_experts_per_tok": 6}),
+    ("granular", {"granularity": 2}, {"router_type": "noisy_top_k"}),
+    ("granular", {"granularity": 2}, {"router_type": "sigmoid_top_k"}),
+    ("shared", {}, {}),
+    ("shared", {"num_shared": 2, "partition": "random"}, {"num_experts_per_tok": 3}),
+    ("shared", {"partition": "kmeans"}, {"ffn_after": True}),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
+@pytest.mark.parametrize(("name", "options", "fields"), EXACT, ids=str)
+def test_models_keep_the_function(family: str, name: str, options: dict[str, Any], fields: dict[str, Any]) -> None:
+    dense = dense_model(family)
+    sparse = upcycle(
+        dense, **{"num_experts": 8, "recipe": name, "recipe_options": options, "router_std": 0.5, **fields}
+    )
+    assert RECIPES[name].keeps_function(options, sparse.config)
+    assert sparse.identity_proof.max_relative_difference <= 1e-6
+    # The negative control: two experts change places, which tears groups apart or leaves copies as they are.
+    experts = sparse.base_model.sparse_blocks[0].experts
+    with torch.no_grad():
+        if name == "granular":
+            experts.down_proj[[0, 1]] = experts.down_proj[[1, 0]]
+        else:
+            sparse.base_model.sparse_blocks[0].shared_experts.down_proj.weight.zero_()
+    assert prove_identity(dense, sparse).max_relative_difference > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "fields"),
+    [
+        ("split", {}, {}),
+        ("split", {"partition": "kmeans"}, {}),
+        ("granular", {"granularity": 2}, {"norm_topk_prob": False}),
+        ("granular", {"granularity": 2, "spread": 3}, {}),
+        ("granular", {"granularity": 2, "weighting": "pre_softmax"}, {"norm_topk_prob": False}),
+        ("shared", {}, {"shared_expert_gate": True}),
+        ("shared", {"routed": "split", "num_shared": 4}, {}),
+        ("drop", {"shared_set": False}, {}),
+    ],
+    ids=str,
+)
+def test_models_that_are_moved_say_so(name: str, options: dict[str, Any], fields: dict[str, Any]) -> None:
+    sparse = upcycle(
+        dense_model("llama"),
+        **{"num_experts": 8, "recipe": name, "recipe_options": options, "router_std": 1.0, **fields},
+    )
+    assert not RECIPES[name].keeps_function(options, sparse.config)
+    assert not sparse.identity_proof.holds
+
+
+@pytest.mark.parametrize(
+    ("family", "spread", "wrong"),
+    [("opt", 2, 3), ("nemotron", 3, 2), ("llama", 1, 3)],
+    ids=["relu", "squared relu", "silu"],
+)
+def test_granular_with_unnormalised_weights_and_flat_routers(family: str, spread: int, wrong: int) -> None:
+    """The root that a homogeneous activation asks for is exact; another is not, nor are routers that are not flat."""
+    dense = dense_model(family)
+
+    def moved(spread: int, router_init: str) -> float:
+        options = {"granularity": 2, "weighting": "pre_softmax", "spread": spread}
+        fields = {"num_experts": 8, "num_experts_per_tok": 4, "norm_topk_prob": False, "router_init": router_init}
+        sparse = upcycle(dense, recipe="granular", recipe_options=options, router_std=1.0, **fields)
+        return sparse.identity_proof.max_relative_difference
+
+    assert moved(spread, "zeros") <= 1e-6
+    assert moved(wrong, "zeros") > 1e-4
+    assert moved(spread, "normal") > 1e-2
+
+
+def test_split_with_every_expert_and_flat_routers_is_exact() -> None:
+    fields = {"num_experts": 4, "num_experts_per_tok": 4, "router_init": "zeros"}
+    exact, published = (
+        upcycle(dense_model("gpt2"), recipe="split", recipe_options=options, **fields).identity_proof
+        for options in ({"rescale": 4}, {})
+    )
+    assert exact.max_relative_difference <= 1e-6
+    assert not published.holds
+
+
+def test_configs_follow_from_the_recipe() -> None:
+    dense = dense_model("llama")
+    made = [
+        upcycle(dense, num_experts=4, recipe=name, recipe_options=options, verify=False).config
+        for name, options in (("split", {}), ("granular", {}), ("shared", {"num_shared": 2}))
+    ]
+    assert [(c.moe_intermediate_size, c.num_shared_experts) for c in made] == [(12, 0), (24, 0), (16, 2)]
+    upcycle(dense, num_experts=4, recipe="split", moe_intermediate_size=12, verify=False)
+    with pytest.raises(ValueError, match="moe_intermediate_size: recipe 'split' makes it 12, got 24"):
+        upcycle(dense, num_experts=4, recipe="split", moe_intermediate_size=24)
+    with pytest.raises(ValueError, match="num_shared_experts: recipe 'shared' makes it 1, got 2"):
+        upcycle(dense, num_experts=4, recipe="shared", num_shared_experts=2)
+    with pytest.raises(ValueError, match="num_experts: must be the same in every layer"):
+        upcycle(dense, num_experts=[4, 8], recipe="split")
+    with pytest.raises(ValueError, match="num_experts_per_tok: must be a multiple of the granularity 4"):
+        upcycle(dense, num_experts=8, recipe="granular", recipe_options={"granularity": 4})
+    with pytest.raises(ValueError, match=r"recipe: 'split' needs FFNs that 3-D tensors can hold"):
+        upcycle(dense_model("apertus"), num_experts=4, recipe="split")
+
+
+@pytest.mark.parametrize("recipe", ["split", "granular", "shared"])
+def test_new_recipes_save_and_load(recipe: str, tmp_path: Path) -> None:
+    sparse = upcycle(dense_model("llama"), num_experts=4, recipe=recipe, verify=False)
+    sparse.save_pretrained(tmp_path)
+    loaded = STMoEForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(token_ids()).logits, sparse(token_ids()).logits)
+
+
+def test_an_identity_that_is_required_is_checked() -> None:
+    dense = dense_model("llama")
+    assert upcycle(dense, num_experts=4, require_identity=1e-5).identity_proof.holds
+    with pytest.raises(RuntimeError, match=r"require_identity: must be at most 1e-05, but step 0: NOT equal"):
+        upcycle(dense, num_experts=4, recipe="drop", require_identity=1e-5)
+    with pytest.raises(ValueError, match=r"require_identity: .* needs verify=True"):
+        upcycle(dense, num_experts=4, require_identity=1e-5, verify=False)
+    with pytest.raises(ValueError, match="require_identity: must not be negative"):
+        upcycle(dense, num_experts=4, require_identity=-1.0)
+    proof = upcycle(dense, num_experts=4, proof_inputs=token_ids(3, 5)).identity_proof
+    assert proof.num_tokens == 15

@@ -1,0 +1,168 @@
+"""Memory and throughput of upcycling on disk: `python -m benchmarks.conversion`.
+
+A dense Llama checkpoint of random bfloat16 weights is made on the spot and upcycled in a fresh process, as the command
+`st-moe upcycle` does it. Memory is the kernel's mark of that process's largest resident set, and of the process that
+makes the plan before. The bar is 300 MB plus one layer's experts. Throughput is output bytes over wall time of the
+whole call, imports of the plan included, which ends with everything on the disk (fsync), beside `cp` of the same bytes
+to the same disk in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+MEGABYTE = 10**6
+ALLOWED = 300 * MEGABYTE
+VOCABULARY = 32_000
+
+
+def make_dense(folder: Path, hidden: int, width: int, layers: int) -> None:
+    """Write a dense checkpoint, tensor by tensor."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from st_moe.conversion.tensor_files import bytes_of, header_of
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    folder.mkdir()
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    header, order = header_of({name: ("BF16", shape) for name, shape in shapes.items()})
+    generator = torch.Generator().manual_seed(0)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(header)
+        for name in order:
+            mean = 1.0 if "norm" in name else 0.0
+            drawn = torch.empty(shapes[name], dtype=torch.bfloat16).normal_(mean, 0.02, generator=generator)
+            file.write(bytes_of(drawn))
+        os.fsync(file.fileno())
+
+
+def child(source: str, target: str, options: dict[str, Any]) -> None:
+    """Convert, and print seconds, bytes, one layer's bytes and the peaks of this process and of the planning one."""
+    from st_moe.conversion.folder import plan_checkpoint, upcycle_checkpoint
+
+    start = time.perf_counter()
+    upcycle_checkpoint(source, target, **options)
+    seconds = time.perf_counter() - start
+    with open("/proc/self/status", encoding="ascii") as file:
+        peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    planning = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    for name in ("verify", "max_shard_size"):
+        options.pop(name)
+    layer = plan_checkpoint(source, **options).layer_bytes
+    size = sum(path.stat().st_size for path in Path(target).iterdir())
+    print(json.dumps({"seconds": seconds, "peak": peak, "planning": planning, "layer": layer, "bytes": size}))
+
+
+def convert(source: Path, target: Path, options: dict[str, Any]) -> dict[str, float]:
+    """Run `child` in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.conversion", "--child", str(source), str(target), json.dumps(options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if run.returncode:
+        raise SystemExit(run.stderr)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def copy(source: Path, target: Path) -> tuple[float, float]:
+    """Seconds that `cp` takes, without and with the time until everything is on the disk."""
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    copied = time.perf_counter() - start
+    for path in target.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return copied, time.perf_counter() - start
+
+
+def measure(place: Path, layers: int, options: argparse.Namespace, recipe: str, verify: bool) -> list[str]:
+    """One row of the table."""
+    source, target, copied = place / f"dense{layers}", place / "moe", place / "copy"
+    if not source.exists():
+        make_dense(source, options.hidden, options.width, layers)
+    wanted = {
+        "recipe": recipe,
+        "num_experts": options.experts,
+        "verify": "layers" if verify else False,
+        "max_shard_size": options.max_shard_size,
+    }
+    found = convert(source, target, wanted)
+    plain, synced = copy(target, copied)
+    for folder in (target, copied):
+        shutil.rmtree(folder)
+    bar, rate = ALLOWED + found["layer"], found["bytes"] / found["seconds"]
+    peak = max(found["peak"], found["planning"])
+    return [
+        f"{layers}",
+        recipe + (", layer proof" if verify else ""),
+        f"{found['bytes'] / 1e9:.2f}",
+        f"{found['planning'] / MEGABYTE:.0f}",
+        f"{found['peak'] / MEGABYTE:.0f}",
+        f"{bar / MEGABYTE:.0f}",
+        "met" if peak <= bar else f"over by {(peak - bar) / MEGABYTE:.0f}",
+        f"{rate / MEGABYTE:.0f}",
+        f"{found['bytes'] / plain / MEGABYTE:.0f}",
+        f"{plain / found['seconds']:.2f}",
+        f"{synced / found['seconds']:.2f}",
+    ]
+
+
+def main() -> None:
+    """Measure and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=3.0, help="least size of the larger output")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=3072)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--max-shard-size", default="1GB")
+    parser.add_argument("--recipe", action="append", help="only these recipes")
+    parser.add_argument("--folder", type=Path, help="where to work; the disk that is measured")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(*options.child[:2], json.loads(options.child[2]))
+        return
+    per_layer = 2 * (4 * options.hidden**2 + 3 * options.hidden * options.width * options.experts)
+    most = -(-int(options.gigabytes * 1e9 - 4 * VOCABULARY * options.hidden) // per_layer)
+    most = max(2, most + most % 2)
+    rows = [(layers, recipe, False) for recipe in options.recipe or ("copy", "drop") for layers in (most // 2, most)]
+    rows.append((most, "copy", True))
+    table = Table(title="Upcycling on disk: MB and MB/s (1 MB = 10^6 bytes)")
+    columns = ("layers", "recipe", "GB", "plan MB", "peak MB", "bar MB", "bar", "MB/s", "cp MB/s")
+    for column in (*columns, "speed / cp", "speed / (cp + fsync)"):
+        table.add_column(column, justify="left" if column in ("recipe", "bar") else "right")
+    with TemporaryDirectory(dir=options.folder) as place:
+        for row in rows:
+            print(f"{row[0]} layers, {row[1]}", file=sys.stderr, flush=True)
+            table.add_row(*measure(Path(place), *row[:1], options, *row[1:]))
+    Console(width=150).print(table)
+    sizes = f"hidden {options.hidden}, width {options.width}, {options.experts} experts, bfloat16"
+    print(f"{sizes}; shards of {options.max_shard_size}; torch {torch.__version__}; one thread")
+    print(f"mergekit-moe: {shutil.which('mergekit-moe') or 'not installed, so not measured'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,389 @@
+"""The plan of a streaming conversion: from configs, models without weights and the headers of files.
+
+Everything that can be wrong with a request or a checkpoint is found here, before anything is written.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from st_moe.configuration import MIXTURE_FIELDS, STMoEConfig, family_config
+from st_moe.conversion.checkpoint import CONFIG_FAULTS, checkpoint_tensors, dense_config
+from st_moe.conversion.recipes import FFNTensors, LayerTensors, try_recipe
+from st_moe.conversion.streaming import Output, Plan, Shard, SparseLayer, fingerprint
+from st_moe.conversion.tensor_files import (
+    DTYPES,
+    NAMES,
+    StoredTensor,
+    bytes_of,
+    chunks_of,
+    header_of,
+    num_bytes,
+)
+from st_moe.conversion.upcycle import fill_block, fill_router, mixture_config_of, sparse_class
+from st_moe.modeling import locate_ffns
+from st_moe.modeling.experts import ModuleExperts
+from st_moe.modeling.families import dense_auto_class
+from st_moe.modeling.ffn import FFNLocation
+from st_moe.modeling.modeling_st_moe import STMoEPreTrainedModel
+from st_moe.modeling.sparse_block import SparseBlock
+
+_FLOATS = ("F64", "F32", "BF16", "F16")
+
+
+class NotPlain(Exception):
+    """The checkpoint's tensors are not the model's one by one; says why."""
+
+
+class Models:
+    """A dense model and the mixture that it becomes, both without weights.
+
+    Args:
+        source: the checkpoint's folder or name.
+        recipe, recipe_options, fields: as for `upcycle`.
+
+    Raises:
+        ValueError: when an argument or the config is at fault.
+    """
+
+    def __init__(self, source: str | Path, recipe: str, options: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+        _check_fields(fields)
+        self.recipe = try_recipe(recipe, options)
+        self.dense = _without_weights(source)
+        self.locations = locate_ffns(self.dense)
+        if all(ffn.storage == "none" for ffn in self.locations):
+            raise ValueError(
+                f"source: no layer of {source} ({self.dense.config.model_type}) can be made sparse: "
+                f"{self.locations[0].reason}"
+            )
+        self.config = mixture_config_of(self.dense.config, self.locations, recipe, options, fields)
+        with torch.device("meta"):
+            self.sparse = sparse_class(self.dense)(self.config)
+        self.sparse.tie_weights()
+        named = [(name, module) for name, module in self.sparse.named_modules() if isinstance(module, SparseBlock)]
+        #: Name and module of each sparse block, by the index of its layer.
+        self.blocks = dict(zip(self.config.sparse_layer_indices, named, strict=True))
+
+
+def _check_fields(fields: Mapping[str, Any]) -> None:
+    known = {*MIXTURE_FIELDS, *STMoEConfig.attribute_map} - {"dense_model_type", "st_moe_version"}
+    for name in fields.keys() - known:
+        near = difflib.get_close_matches(name, sorted(known), n=1)
+        raise ValueError(f"{name}: is not a field of the mixture" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def _without_weights(source: str | Path) -> PreTrainedModel:
+    """The dense model of a checkpoint on the meta device.
+
+    Raises:
+        ValueError: when its config is at fault.
+    """
+    config = dense_config(source)
+    family_config(config.model_type)
+    auto = dense_auto_class(config)
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config).eval()
+    except CONFIG_FAULTS as error:
+        raise ValueError(
+            f"source: no model can be built from config.json in {source}: {type(error).__name__}: {error}"
+        ) from None
+
+
+def make_plan(
+    source: str | Path,
+    fresh: Path | None,
+    *,
+    recipe: str,
+    recipe_options: Mapping[str, Any],
+    router_std: float,
+    seed: int,
+    max_shard_size: str,
+    fields: Mapping[str, Any],
+) -> Plan:
+    """Everything that a conversion will write, and the parts that no recipe makes.
+
+    Args:
+        source: the checkpoint's folder.
+        fresh: file to write with routers and all else of sparse blocks that is drawn anew; None only plans.
+        recipe, recipe_options, router_std, seed, fields: as for `upcycle`.
+        max_shard_size: largest file, such as `"5GB"`.
+
+    Returns:
+        The plan; with `in_memory` and no shards when the checkpoint is not plain.
+
+    Raises:
+        ValueError: when an argument or the source is at fault; nothing is written then.
+    """
+    if not router_std >= 0:
+        raise ValueError(f"router_std: must not be negative, got {router_std!r}")
+    tensors = checkpoint_tensors(Path(source))
+    _check_depth(Path(source), len(tensors))
+    models = Models(source, recipe, recipe_options, fields)
+    _name_dtype(models, tensors)
+    plan = Plan(
+        str(source), recipe, dict(recipe_options), facts=_facts(models, recipe_options), texts=_texts(models, source)
+    )
+    try:
+        stored = stored_by_name(models.dense, tensors, source)
+        layers = {index: _sparse_layer(models, index, stored) for index in models.blocks}
+    except NotPlain as reason:
+        return replace(plan, in_memory=str(reason))
+    made = _write_fresh(models, layers, stored, router_std, seed, fresh)
+    outputs = _outputs(models, stored, made)
+    shards, index = _cut(outputs, max_shard_size, models.sparse.num_parameters())
+    files = {path: fingerprint(path) for path in sorted({t.path for t in tensors.values()})}
+    files[str(Path(source) / "config.json")] = fingerprint(Path(source) / "config.json")
+    return replace(plan, shards=shards, layers=made, files=files, texts={**plan.texts, **index})
+
+
+def _check_depth(folder: Path, num_tensors: int) -> None:
+    """Refuse a config with more layers than the files have tensors, before lists of that length are made of it."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        if type(config.get(name)) is int and config[name] > num_tensors:
+            raise ValueError(
+                f"source: {name} in {folder / 'config.json'} must fit the weights, got {config[name]}, and there are "
+                f"only {num_tensors} tensors"
+            )
+
+
+def _name_dtype(models: Models, tensors: Mapping[str, StoredTensor]) -> None:
+    """Have the mixture's config name a dtype: the dense config's, or that of the first weights."""
+    dtype = models.dense.config.dtype
+    if dtype is None:
+        dtype = next((DTYPES[t.dtype] for t in tensors.values() if t.dtype in _FLOATS), torch.float32)
+    models.sparse.config.dtype = str(dtype).removeprefix("torch.")
+    models.sparse.config.architectures = [type(models.sparse).__name__]
+
+
+def _texts(models: Models, source: str | Path) -> dict[str, str]:
+    """config.json, and generation_config.json if the source has none."""
+    with TemporaryDirectory() as folder:
+        models.sparse.config.save_pretrained(folder)
+        if models.dense.can_generate() and not (Path(source) / "generation_config.json").exists():
+            models.dense.generation_config.save_pretrained(folder)
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+
+
+def _facts(models: Models, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of the mixture on its card and on the screen."""
+    config: Any = models.config
+    experts, choices = (", ".join(map(str, dict.fromkeys(sizes))) for sizes in zip(*config.layer_sizes, strict=True))
+    return {
+        "family": config.dense_model_type,
+        "experts": experts,
+        "choices": choices,
+        "sparse_layers": len(config.sparse_layer_indices),
+        "layers": config.num_hidden_layers,
+        "total": config.num_parameters(),
+        "active": config.num_parameters(active=True),
+        "exact": models.recipe.keeps_function(options, config),
+    }
+
+
+def stored_by_name(
+    dense: PreTrainedModel, tensors: Mapping[str, StoredTensor], source: str | Path
+) -> dict[str, StoredTensor]:
+    """Where each tensor of a model lies in its checkpoint, by its name in the model.
+
+    The host's own rules for old names and for prefixes apply.
+
+    Raises:
+        ValueError: when the checkpoint's tensors are not those of its config.
+        NotPlain: when a tensor of the model has to be computed from others.
+    """
+    transforms = get_model_conversion_mapping(dense)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    wanted = dense.state_dict()
+    found: dict[str, StoredTensor] = {}
+    for key, tensor in tensors.items():
+        name, pattern = rename_source_key(key, renamings, converters, dense.base_model_prefix, wanted)
+        if pattern is not None or name in found:
+            raise NotPlain(f"its tensor {key!r} is stored otherwise than this family's models hold it")
+        found[name] = tensor
+    for names in _tied(dense):
+        present = [name for name in names if name in found]
+        if any(not _same_bytes(found[present[0]], found[name]) for name in present[1:]):
+            raise NotPlain(f"{' and '.join(present)} are tied by the config and differ in the files")
+        found |= {name: found[present[0]] for name in names if present}
+    keys: Any = SimpleNamespace(missing_keys=wanted.keys() - found.keys(), unexpected_keys=found.keys() - wanted.keys())
+    dense._adjust_missing_and_unexpected_keys(keys)
+    for fault, names in vars(keys).items():
+        if names:
+            raise ValueError(
+                f"source: the tensors of {source} must be those of its config; {fault.replace('_', ' ')}: "
+                f"{_shown(sorted(names))}"
+            )
+    for name, tensor in wanted.items():
+        if name in found:
+            _check_tensor(name, tensor, found[name])
+    return {name: found[name] for name in wanted if name in found}
+
+
+def _check_tensor(name: str, wanted: torch.Tensor, stored: StoredTensor) -> None:
+    if tuple(wanted.shape) != stored.shape:
+        raise ValueError(
+            f"source: {stored.key!r} in {stored.path} must have the shape that config.json asks for, "
+            f"{list(wanted.shape)}, got {list(stored.shape)}"
+        )
+    if wanted.is_floating_point() and stored.dtype not in _FLOATS:
+        raise ValueError(
+            f"source: must not be quantised, but {stored.key!r} in {stored.path} is stored as {stored.dtype}; take the "
+            f"checkpoint in one of {', '.join(_FLOATS)}"
+        )
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """Groups of names that stand for one tensor."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    if one == other or (one.dtype, one.shape) != (other.dtype, other.shape):
+        return one == other
+    return all(a == b for a, b in zip(chunks_of(one), chunks_of(other), strict=True))
+
+
+def _shown(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _sparse_layer(models: Models, index: int, stored: Mapping[str, StoredTensor]) -> SparseLayer:
+    """Where the dense FFN of a layer lies; what is made ahead of the recipe is still missing."""
+    ffn = models.locations[index]
+    position = models.config.sparse_layer_indices.index(index)
+    experts, choices = models.config.layer_sizes[position]
+    places = _projections(models.dense, ffn)
+    weights = tuple(stored[f"{place}.weight"] for place in places)
+    biases = tuple(stored[f"{place}.bias"] for place in places) if ffn.bias else ()
+    if len({tensor.dtype for tensor in (*weights, *biases)}) > 1:
+        raise NotPlain(f"the projections of layer {index} are stored in several dtypes")
+    in_name = "gate_up_proj" if ffn.gated else "up_proj"
+    return SparseLayer(experts, choices, weights, biases, ffn.conv1d, in_name, {}, (), "")
+
+
+def _projections(dense: nn.Module, ffn: FFNLocation) -> list[str]:
+    """Names of an FFN's projections in the model, out last."""
+    names = {id(module): name for name, module in dense.named_modules()}
+    return [names[id(linear)] for linear in ffn.linears()]
+
+
+class _Ahead:
+    """Stands in for a recipe: notes the generator that the recipe will get."""
+
+    state = ""
+
+    def make(self, sources: Any, num_experts: int, choices: int, generator: torch.Generator, options: Any) -> Any:
+        """No experts."""
+        self.state = generator.get_state().numpy().tobytes().hex()
+        return LayerTensors(FFNTensors(None, None))  # type: ignore[arg-type]
+
+
+def _write_fresh(
+    models: Models,
+    layers: Mapping[int, SparseLayer],
+    stored: Mapping[str, StoredTensor],
+    router_std: float,
+    seed: int,
+    path: Path | None,
+) -> dict[int, SparseLayer]:
+    """Write routers and all else of the blocks that no recipe makes, block by block."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    made = {}
+    with open(path or "/dev/null", "wb") as file:
+        for index, (_, block) in models.blocks.items():
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+            ffn, ahead = models.locations[index], _Ahead()
+            if isinstance(block.experts, ModuleExperts):
+                first = next(name for name, _ in ffn.module.named_parameters())
+                fill_router(block.gate, _like(stored[f"{ffn.path}.{first}"]), router_std, generator)
+            else:
+                like = _like(layers[index].weights[0])
+                fill_block(block, [FFNTensors(like, like)], ahead, {}, router_std, generator)  # type: ignore[arg-type]
+            fresh = {}
+            for part, tensor in block.state_dict().items():
+                if tensor.device.type != "meta":
+                    place = StoredTensor(part, str(path), NAMES[tensor.dtype], tuple(tensor.shape), file.tell())
+                    fresh[part] = place
+                    file.write(bytes_of(tensor.contiguous()))
+            rows = tuple(f"gate.{name}" for name, _ in block.gate.named_parameters(recurse=False))
+            made[index] = replace(layers[index], fresh=fresh, router_rows=rows, generator=ahead.state)
+            block.to(device="meta")
+    return made
+
+
+def _like(stored: StoredTensor) -> torch.Tensor:
+    """An empty tensor of the stored one's dtype."""
+    return torch.empty(0, dtype=DTYPES[stored.dtype])
+
+
+def _outputs(models: Models, stored: Mapping[str, StoredTensor], layers: Mapping[int, SparseLayer]) -> list[Output]:
+    """Every tensor of the result, in the order and under the names of the host's `save_pretrained`."""
+    sparse: STMoEPreTrainedModel = models.sparse
+    state = {name: t for name, t in sparse.state_dict().items() if name not in (sparse._keys_to_ignore_on_save or ())}
+    inside = {f"{name}.": index for index, (name, _) in models.blocks.items()}
+    outputs = []
+    for name, tensor in remove_tied_weights_from_state_dict(state, sparse).items():
+        prefix = next((prefix for prefix in inside if name.startswith(prefix)), None)
+        if prefix is None:
+            outputs.append(Output(name, stored[name].dtype, stored[name].shape, stored[name]))
+            continue
+        index, part = inside[prefix], name.removeprefix(prefix)
+        layer, ffn = layers[index], models.locations[index]
+        if ffn.storage == "modules" and part.startswith("experts."):
+            origin = stored[f"{ffn.path}.{part.split('.', 2)[2]}"]
+            outputs.append(Output(name, origin.dtype, origin.shape, origin))
+        elif ffn.storage == "modules":
+            outputs.append(Output(name, layer.fresh[part].dtype, layer.fresh[part].shape, layer.fresh[part]))
+        else:
+            dtype = layer.fresh[part].dtype if part in layer.fresh else layer.weights[0].dtype
+            outputs.append(Output(name, dtype, tuple(tensor.shape), None, index, part))
+    return outputs
+
+
+def _cut(
+    outputs: Iterable[Output], max_shard_size: str, num_parameters: int
+) -> tuple[tuple[Shard, ...], dict[str, str]]:
+    """Files and, if there are several, their index, as the host would cut and name them."""
+    by_name: dict[str, Any] = {output.name: output for output in outputs}
+    try:
+        split = split_state_dict_into_shards_factory(
+            by_name,
+            get_storage_size=lambda output: num_bytes(output.dtype, output.shape),
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise ValueError(f"max_shard_size: must be a size such as '5GB', got {max_shard_size!r}: {error}") from None
+    shards = []
+    for file_name, names in split.filename_to_tensors.items():
+        header, order = header_of({name: (by_name[name].dtype, by_name[name].shape) for name in names})
+        shards.append(Shard(file_name, header, tuple(by_name[name] for name in order)))
+    if not split.is_sharded:
+        return tuple(shards), {}
+    index = {
+        "metadata": {"total_parameters": num_parameters, **split.metadata},
+        "weight_map": split.tensor_to_filename,
+    }
+    return tuple(shards), {"model.safetensors.index.json": json.dumps(index, indent=2, sort_keys=True) + "\n"}

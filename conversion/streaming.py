@@ -1,0 +1,365 @@
+"""Writing a planned mixture tensor by tensor, with at most one layer's experts in memory; a killed run goes on.
+
+Light on purpose: nothing here imports model classes, which take more memory than the conversion itself.
+Shape letters: H hidden size, I FFN width, E experts, P = 2 if gated else 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from st_moe.conversion.recipes import RECIPES, FFNTensors, LayerTensors
+from st_moe.conversion.tensor_files import (
+    DTYPES,
+    StoredTensor,
+    bytes_of,
+    chunks_of,
+    count_non_finite,
+    num_bytes,
+    read_into,
+)
+
+logger = logging.get_logger(__name__)
+
+
+class Output(NamedTuple):
+    """One tensor of the result: a copy of stored bytes, or a part of a sparse block.
+
+    Attributes:
+        name: as in the result's files.
+        dtype, shape: as in safetensors.
+        stored: where its bytes are copied from; None if it is made.
+        layer: index of the decoder layer whose block it is made for; -1 if it is copied.
+        part: its name in the sparse block.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    stored: StoredTensor | None = None
+    layer: int = -1
+    part: str = ""
+
+
+class Shard(NamedTuple):
+    """One file of the result: its name, its first bytes, and its tensors in the order of their data."""
+
+    name: str
+    header: bytes
+    outputs: tuple[Output, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + sum(num_bytes(output.dtype, output.shape) for output in self.outputs)
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """What one sparse block is made from.
+
+    Attributes:
+        num_experts, num_experts_per_tok: E and K.
+        weights, biases: the dense FFN's projections, out last; no biases if it has none.
+        transposed: whether the weights are stored as [in, out] (Conv1D).
+        in_name: name of the experts' first parameter.
+        fresh: the parts that no recipe makes, ready in a file.
+        router_rows: those of them that may have one row per expert.
+        generator: state of the layer's generator when the recipe gets it, in hexadecimal.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    weights: tuple[StoredTensor, ...]
+    biases: tuple[StoredTensor, ...]
+    transposed: bool
+    in_name: str
+    fresh: Mapping[str, StoredTensor]
+    router_rows: tuple[str, ...]
+    generator: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a conversion that is known before anything is written.
+
+    Attributes:
+        source: the checkpoint's folder.
+        recipe, options: how experts are made.
+        shards: the files of weights.
+        layers: the sparse blocks by layer index.
+        texts: other files that follow from the config, by name.
+        files: size and time of change (ns) of every file that is read.
+        facts: what the model card and the printed plan say.
+        in_memory: why the checkpoint cannot be streamed; empty if it can.
+    """
+
+    source: str
+    recipe: str
+    options: Mapping[str, Any]
+    shards: tuple[Shard, ...] = ()
+    layers: Mapping[int, SparseLayer] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    in_memory: str = ""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the whole plan: two runs with the same digest write the same bytes."""
+        return hashlib.sha256(repr(asdict(self)).encode()).hexdigest()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of the largest block that is in memory at once."""
+        made: dict[int, int] = {}
+        for shard in self.shards:
+            for output in shard.outputs:
+                if output.layer >= 0:
+                    made[output.layer] = made.get(output.layer, 0) + num_bytes(output.dtype, output.shape)
+        return max(made.values(), default=0)
+
+
+def fingerprint(path: str | Path) -> tuple[int, int]:
+    """Size in bytes and time of change in nanoseconds of a file."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+class Journal:
+    """What a run has finished, line by line, so that a killed one can go on.
+
+    The first line names the plan; each other line one shard that is whole and safe on the disk, with the number of NaN
+    and infinite values that were found in the source's tensors while it was written.
+
+    Args:
+        folder: the workshop; whatever another plan has left there is removed.
+        digest: of the plan.
+    """
+
+    def __init__(self, folder: Path, digest: str) -> None:
+        self.path = folder / "journal.jsonl"
+        lines = self._lines()
+        if lines and lines[0] != {"plan": digest}:
+            logger.warning(f"{folder}: left by a run of another plan or another source, so everything starts anew.")
+            lines = []
+        self.finished = {line["shard"]: line for line in lines[1:]}
+        self.non_finite: dict[str, int] = {}
+        for line in self.finished.values():
+            self.non_finite |= line["non_finite"]
+        if not lines:
+            for path in (self.path, folder / "model"):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        (folder / "model").mkdir(exist_ok=True)
+        # Written whole once more, without a last line that was cut off.
+        self._write([{"plan": digest}, *self.finished.values()])
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """The lines that are whole."""
+        if not self.path.is_file():
+            return []
+        found = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                break
+        return found
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        fresh = self.path.with_suffix(".new")
+        with fresh.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            _to_disk(file.fileno())
+        fresh.rename(self.path)
+
+    def add(self, shard: str, size: int, non_finite: Mapping[str, int]) -> None:
+        """Note a shard that is whole and safe on the disk."""
+        line = {"shard": shard, "size": size, "non_finite": dict(non_finite)}
+        self.finished[shard] = line
+        self.non_finite |= non_finite
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            _to_disk(file.fileno())
+
+
+def checkpoint_of_progress(event: str) -> None:
+    """Called before every step that changes the disk; tests stop a run here."""
+
+
+def _to_disk(descriptor: int) -> None:
+    checkpoint_of_progress("sync")
+    os.fsync(descriptor)
+
+
+def write_shards(plan: Plan, workshop: Path, journal: Journal, advance: Callable[[int], None]) -> None:
+    """Write every shard that the journal does not have yet.
+
+    Args:
+        plan: what to write.
+        workshop: holds the folder `model`, which is filled.
+        journal: of this plan.
+        advance: told the bytes that are done, as they are.
+
+    Raises:
+        ValueError: when a file of the source changes meanwhile.
+        OSError: when the disk is full; shards that are whole stay for the next run.
+    """
+    maker = _LayerMaker(plan)
+    for shard in plan.shards:
+        path = workshop / "model" / shard.name
+        if shard.name in journal.finished and path.is_file() and path.stat().st_size == shard.num_bytes:
+            advance(shard.num_bytes)
+            continue
+        maker.non_finite = {}
+        unfinished = path.with_name(f"{shard.name}.unfinished")
+        try:
+            with unfinished.open("wb", buffering=0) as file:
+                for data in _data(shard, maker):
+                    checkpoint_of_progress("write")
+                    _write_all(file, data)
+                    advance(len(data))
+                    del data
+                _to_disk(file.fileno())
+        except OSError:
+            unfinished.unlink(missing_ok=True)  # what is left on a full disk had better be whole
+            raise
+        checkpoint_of_progress("rename")
+        unfinished.rename(path)
+        sync_folder(path.parent)
+        for name, before in plan.files.items():
+            if fingerprint(name) != before:
+                raise ValueError(f"source: {name} has changed while it was read; run the command again")
+        journal.add(shard.name, shard.num_bytes, maker.non_finite)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names of a folder's files on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _to_disk(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(file: Any, data: Any) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _data(shard: Shard, maker: _LayerMaker) -> Iterator[Any]:
+    """The bytes of a file, piece by piece."""
+    yield shard.header
+    for output in shard.outputs:
+        if output.stored is not None:
+            bad = 0
+            for chunk in chunks_of(output.stored):
+                bad += count_non_finite(chunk, output.stored.dtype)
+                yield chunk
+            maker.note(output.stored, bad)
+            continue
+        tensor = maker.part(output)
+        # Expert by expert, so that a part that is no plain memory is copied in pieces only.
+        for piece in tensor.unbind() if tensor.ndim == 3 else (tensor,):
+            yield bytes_of(piece.contiguous())
+        # A last view would keep a layer's memory while the next one is made.
+        del tensor, piece
+
+
+class _LayerMaker:
+    """Makes the tensors of sparse blocks, and keeps those of one layer.
+
+    Args:
+        plan: the conversion.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.layer = -1
+        self.made: dict[str, Tensor] = {}
+        self.non_finite: dict[str, int] = {}
+
+    def part(self, output: Output) -> Tensor:
+        """A tensor of a block, as the plan wants it.
+
+        Raises:
+            RuntimeError: when a recipe makes another shape or dtype than the config says.
+        """
+        if self.layer != output.layer:
+            self.made = {}  # freed before the next layer takes its place
+            self.made, self.layer = self._make(self.plan.layers[output.layer]), output.layer
+        tensor = self.made[output.part]
+        if (tuple(tensor.shape), tensor.dtype) != (output.shape, DTYPES[output.dtype]):
+            raise RuntimeError(
+                f"{output.name}: recipe {self.plan.recipe!r} made {tensor.dtype} {tuple(tensor.shape)} where the "
+                f"config asks for {DTYPES[output.dtype]} {output.shape}; please report this"
+            )
+        return tensor
+
+    def note(self, stored: StoredTensor, count: int) -> None:
+        """Keep how many values of a source's tensor are NaN or infinite."""
+        if count:
+            self.non_finite[stored.key] = count
+
+    def _make(self, layer: SparseLayer) -> dict[str, Tensor]:
+        """Every tensor of one block by its name there."""
+        made = self._run_recipe(layer)
+        found = {part: self._read([stored]) for part, stored in layer.fresh.items()}
+        if made.router is not None:
+            rows = [part for part in layer.router_rows if len(found[part]) == len(made.router)]
+            found |= {part: found[part][made.router] for part in rows}
+        parts = (layer.in_name, "down_proj", f"{layer.in_name}_bias", "down_proj_bias")
+        found |= {f"experts.{part}": t for part, t in zip(parts, made.experts, strict=True) if t is not None}
+        if made.shared is not None:
+            names = ["gate_proj", "up_proj"] if layer.in_name == "gate_up_proj" else ["up_proj"]
+            w_in, w_out, b_in, b_out = made.shared
+            for kind, inner, outer in (("weight", w_in, w_out), ("bias", b_in, b_out)):
+                if inner is not None and outer is not None:
+                    pieces = zip((*names, "down_proj"), (*inner.chunk(len(names)), outer), strict=True)
+                    found |= {f"shared_experts.{name}.{kind}": piece for name, piece in pieces}
+        return found
+
+    def _run_recipe(self, layer: SparseLayer) -> LayerTensors:
+        generator = torch.Generator()
+        generator.set_state(torch.frombuffer(bytearray.fromhex(layer.generator), dtype=torch.uint8))
+        weights = (layer.weights[:-1], layer.weights[-1:])
+        w_in, w_out = (self._read(stored, layer.transposed, count=True) for stored in weights)
+        b_in = b_out = None
+        if layer.biases:
+            b_in, b_out = (self._read(stored, count=True) for stored in (layer.biases[:-1], layer.biases[-1:]))
+        recipe, options = RECIPES[self.plan.recipe], self.plan.options
+        sources = [FFNTensors(w_in, w_out, b_in, b_out)]
+        return recipe.make(sources, layer.num_experts, layer.num_experts_per_tok, generator, options)
+
+    def _read(
+        self, stored: list[StoredTensor] | tuple[StoredTensor, ...], transposed: bool = False, count: bool = False
+    ) -> Tensor:
+        """Stored tensors as one, joined along the first axis of what is returned."""
+        if transposed and len(stored) > 1:
+            return torch.cat([self._read([tensor], transposed, count) for tensor in stored])
+        rows = [tensor.shape[0] for tensor in stored] if stored[0].shape else [1]
+        shape = (sum(rows), *stored[0].shape[1:]) if stored[0].shape else ()
+        whole = torch.empty(shape, dtype=DTYPES[stored[0].dtype])
+        for tensor, target in zip(stored, whole.split(rows) if shape else [whole], strict=True):
+            read_into(target, tensor)
+            if count:
+                self.note(tensor, count_non_finite(bytes_of(target), tensor.dtype))
+        return whole.t() if transposed else whole

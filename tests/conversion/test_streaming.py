@@ -1,0 +1,508 @@
+"""Streaming: the bytes of the way in memory, one layer at a time, and the same bytes after any number of kills."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Model
+
+from st_moe import upcycle
+from st_moe.conversion import folder as folder_module
+from st_moe.conversion import streaming, upcycle_checkpoint
+from st_moe.conversion.folder import plan_checkpoint, plan_table
+from st_moe.conversion.proof import IdentityProof
+from st_moe.conversion.tensor_files import header_of, read_header, read_into
+from st_moe.conversion.verify import LayerProof, prove_layers
+from tests.families import FAMILIES, dense_model, tiny_tokenizer
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "noise": {"recipe": "noise", "recipe_options": {"scale": 0.1}},
+    "drop": {"recipe": "drop", "recipe_options": {"ratio": 0.3}},
+    "split": {"recipe": "split"},
+    "granular": {"recipe": "granular", "recipe_options": {"granularity": 2}, "num_experts_per_tok": 2},
+    "shared": {"recipe": "shared"},
+}
+FIELDS: dict[str, dict[str, Any]] = {
+    "one layer": {"sparse_layers": [1]},
+    "extra FFNs": {"num_shared_experts": 1, "shared_expert_gate": True, "ffn_before": True, "ffn_after": True},
+    "experts per layer": {"num_experts": [4, 3], "num_experts_per_tok": [1, 2], "multiplicative_bias": True},
+    "selection bias": {"router_type": "sigmoid_top_k"},
+    "noisy router": {"router_type": "noisy_top_k"},
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense checkpoint of three layers in many small shards, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("stock") / "dense"
+    dense_model("llama", num_hidden_layers=3).save_pretrained(folder, max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def assert_same_as_in_memory(dense: Path, tmp_path: Path, shard: str = "40KB", **fields: Any) -> None:
+    """The files that hold the model are those that the host would write for the model made in memory."""
+    fields = {"num_experts": 4, "seed": 3, **fields}
+    upcycle(dense, verify=False, **fields).save_pretrained(tmp_path / "memory", max_shard_size=shard)
+    upcycle_checkpoint(dense, tmp_path / "disk", verify=False, max_shard_size=shard, **fields)
+    expected, found = contents(tmp_path / "memory"), contents(tmp_path / "disk")
+    assert expected.keys() <= found.keys()
+    assert [name for name in expected if expected[name] != found[name]] == []
+    assert len([name for name in expected if name.endswith(".safetensors")]) > 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_written_as_in_memory(family: str, tmp_path: Path) -> None:
+    dense_model(family).save_pretrained(tmp_path / "dense")
+    plan = plan_checkpoint(tmp_path / "dense")
+    assert plan.in_memory == ""
+    assert_same_as_in_memory(tmp_path / "dense", tmp_path)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_every_recipe_is_written_as_in_memory(recipe: str, family: str, tmp_path: Path) -> None:
+    dense_model(family).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    assert_same_as_in_memory(tmp_path / "dense", tmp_path, **RECIPES[recipe])
+
+
+@pytest.mark.parametrize("fields", FIELDS)
+def test_every_part_of_a_block_is_written_as_in_memory(fields: str, tmp_path: Path) -> None:
+    dense_model("llama").save_pretrained(tmp_path / "dense")
+    assert_same_as_in_memory(tmp_path / "dense", tmp_path, **FIELDS[fields])
+
+
+def test_experts_held_as_modules_and_classifiers(tmp_path: Path) -> None:
+    dense_model("apertus").save_pretrained(tmp_path / "a")
+    assert_same_as_in_memory(tmp_path / "a", tmp_path / "modules")
+    dense_model("llama", AutoModelForSequenceClassification, num_labels=3).save_pretrained(tmp_path / "c")
+    assert_same_as_in_memory(tmp_path / "c", tmp_path / "classifier")
+
+
+def test_half_precision_is_kept_tensor_by_tensor(tmp_path: Path) -> None:
+    dense_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    assert_same_as_in_memory(tmp_path / "dense", tmp_path, recipe="noise")
+    path = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    save_file(tensors, path, metadata={"format": "pt"})
+    upcycle_checkpoint(tmp_path / "dense", tmp_path / "mixed", num_experts=2)
+    written = read_header(tmp_path / "mixed" / "model.safetensors")
+    assert written["model.norm.weight"].dtype == "F32"
+    assert written["model.layers.0.mlp.experts.down_proj"].dtype == "BF16"
+    assert json.loads((tmp_path / "mixed" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+
+
+def test_headers_are_those_of_the_library(tmp_path: Path) -> None:
+    dtypes = (torch.int64, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.bool, torch.float64)
+    tensors = {f"{name}.é": torch.ones(3, 2).to(dtype) for name, dtype in enumerate(dtypes)} | {
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(2.5),
+    }
+    save_file(tensors, tmp_path / "file.safetensors", metadata={"format": "pt"})
+    stored = read_header(tmp_path / "file.safetensors")
+    header, order = header_of({name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()})
+    assert (tmp_path / "file.safetensors").read_bytes().startswith(header)
+    assert order == sorted(stored, key=lambda name: (stored[name].offset, stored[name].num_bytes > 0, name))
+    for name, tensor in tensors.items():
+        read = torch.empty_like(tensor)
+        read_into(read, stored[name])
+        assert read.equal(tensor)
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+def test_prefixes_ties_and_old_names(tmp_path: Path) -> None:
+    model = dense_model("gpt2")
+    model.save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(path)
+    assert_same_as_in_memory(tmp_path / "dense", tmp_path / "0")
+    # A base model's checkpoint lacks the prefix; old ones hold buffers that nobody reads any more.
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    bare["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+    bare["ln_f.gamma"] = bare.pop("ln_f.weight")
+    save_file(bare, path)
+    assert isinstance(GPT2Model.from_pretrained(tmp_path / "dense"), GPT2Model)
+    # The tied embedding may be stored twice, as long as both are equal.
+    save_file({**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()}, path)
+    assert plan_checkpoint(tmp_path / "dense").in_memory == ""
+    save_file({**tensors, "lm_head.weight": tensors["transformer.wte.weight"] + 1}, path)
+    assert "are tied by the config and differ" in plan_checkpoint(tmp_path / "dense").in_memory
+
+
+def test_base_checkpoints(tmp_path: Path) -> None:
+    model = dense_model("gpt2")
+    model.save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "model.safetensors"
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    save_file(bare | {"h.0.attn.bias": torch.ones(1, 1, 64, 64)}, path)
+    assert plan_checkpoint(tmp_path / "dense").in_memory == ""
+    assert_same_as_in_memory(tmp_path / "dense", tmp_path)
+
+
+def test_what_cannot_be_streamed_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(folder_module.logger, "propagate", True)
+    dense_model("hrm_text").save_pretrained(tmp_path / "dense")
+    proof = upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", num_experts=2)
+    assert isinstance(proof, IdentityProof)
+    assert proof.holds
+    assert "dense: converted in memory, not streamed: its tensor" in caplog.text
+    caplog.clear()
+    dense_model("llama").save_pretrained(tmp_path / "llama")
+    options = {"router_init": "zeros"}
+    upcycle_checkpoint(tmp_path / "llama", tmp_path / "zeros", num_experts=2, in_memory_options=options)
+    assert "converted in memory, not streamed: router_init need the whole model" in caplog.text
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "zeros").state_dict()
+    assert not any(tensor.any() for name, tensor in state.items() if name.endswith("gate.weight"))
+    caplog.clear()
+    two = [tmp_path / "llama", tmp_path / "llama"]
+    upcycle_checkpoint(two, tmp_path / "merged", recipe="merge", num_experts=2)
+    assert "several models are merged" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------ killed and resumed
+
+
+class Stop(BaseException):
+    """Ends a run as abruptly as Python can."""
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], list[str]]:
+    """Do something at the n-th step that changes the disk; returns the steps so far."""
+
+    def install(number: int, action: Callable[[], None]) -> list[str]:
+        events: list[str] = []
+
+        def step(event: str) -> None:
+            events.append(event)
+            if len(events) == number:
+                action()
+
+        for module in (streaming, folder_module):
+            monkeypatch.setattr(module, "checkpoint_of_progress", step)
+        return events
+
+    return install
+
+
+def convert(dense: Path, target: Path, **fields: Any) -> Any:
+    wanted = {"num_experts": 3, "recipe": "noise", "max_shard_size": "60KB", "verify": False, **fields}
+    return upcycle_checkpoint(dense, target, **wanted)
+
+
+def killed(dense: Path, target: Path, stop_at: Any, number: int, **fields: Any) -> bool:
+    """Convert in a process of its own that is killed at its n-th step; whether that happened."""
+    child = os.fork()
+    if child == 0:
+        try:
+            stop_at(number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            convert(dense, target, **fields)
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_any_kill_is_followed_by_the_same_bytes(stock: Path, tmp_path: Path, stop_at: Any, overwrite: bool) -> None:
+    events = stop_at(0, lambda: None)
+    convert(stock, tmp_path / "straight")
+    expected, steps = contents(tmp_path / "straight"), len(events)
+    if overwrite:
+        convert(stock, tmp_path / "old", num_experts=2)
+        before = contents(tmp_path / "old")
+        steps += 1
+    points = random.Random(0).sample(range(1, steps - 3), 15) + list(range(steps - 3, steps + 1))
+    for number in sorted(points):
+        target = tmp_path / f"at {number}"
+        if overwrite:
+            shutil.copytree(tmp_path / "old", target)
+        assert killed(stock, target, stop_at, number, overwrite=overwrite)
+        stop_at(0, lambda: None)
+        if overwrite and target.exists():
+            assert contents(target) in (before, expected)
+        elif target.exists():
+            assert contents(target) == expected
+        if overwrite or not target.exists():
+            convert(stock, target, overwrite=overwrite)
+        assert contents(target) == expected
+        shutil.rmtree(target)
+        shutil.rmtree(tmp_path / f"at {number}.partial", ignore_errors=True)
+
+
+def test_a_run_that_is_killed_again_and_again_arrives(stock: Path, tmp_path: Path, stop_at: Any) -> None:
+    stop_at(0, lambda: None)
+    convert(stock, tmp_path / "straight")
+    kills = 0
+    while killed(stock, tmp_path / "moe", stop_at, 14 + kills):
+        kills += 1
+        assert kills < 50
+    assert kills > 3
+    assert contents(tmp_path / "moe") == contents(tmp_path / "straight")
+    assert not (tmp_path / "moe.partial").exists()
+
+
+def test_finished_shards_are_not_written_again(stock: Path, tmp_path: Path, stop_at: Any) -> None:
+    events = stop_at(0, lambda: None)
+    convert(stock, tmp_path / "straight")
+    last = len(events) - events[::-1].index("rename")
+
+    def stop() -> None:
+        raise Stop
+
+    stop_at(last, stop)
+    with pytest.raises(Stop):
+        convert(stock, tmp_path / "moe")
+    whole = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "moe.partial" / "model").glob("*.safetensors")}
+    assert len(whole) > 2
+    events = stop_at(0, lambda: None)
+    convert(stock, tmp_path / "moe")
+    assert events.count("rename") == 1
+    assert whole.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "moe").iterdir()}.items()
+
+
+@pytest.mark.parametrize("change", ["seed", "source", "journal", "shard"])
+def test_another_plan_starts_anew_and_says_so(
+    stock: Path, tmp_path: Path, stop_at: Any, change: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(streaming.logger, "propagate", True)
+    dense = tmp_path / "dense"
+    shutil.copytree(stock, dense)
+    assert killed(dense, tmp_path / "moe", stop_at, 40)
+    partial = tmp_path / "moe.partial"
+    finished = sorted((partial / "model").glob("*.safetensors"))
+    assert finished
+    seed = 0
+    if change == "seed":
+        seed = 1
+    elif change == "source":
+        os.utime(next(dense.glob("*.safetensors")), ns=(1, 1))
+    elif change == "journal":
+        (partial / "journal.jsonl").write_bytes(b"\xff{")
+    else:
+        finished[0].write_bytes(b"cut")
+    stop_at(0, lambda: None)
+    convert(dense, tmp_path / "moe", seed=seed)
+    assert ("of another plan or another source" in caplog.text) == (change in ("seed", "source"))
+    convert(dense, tmp_path / "straight", seed=seed)
+    assert contents(tmp_path / "moe") == contents(tmp_path / "straight")
+
+
+def test_a_source_that_changes_while_it_is_read(stock: Path, tmp_path: Path, stop_at: Any) -> None:
+    dense = tmp_path / "dense"
+    shutil.copytree(stock, dense)
+    stop_at(30, lambda: os.utime(next(dense.glob("*.safetensors")), ns=(1, 1)))
+    with pytest.raises(ValueError, match=r"source: .* has changed while it was read; run the command again"):
+        convert(dense, tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
+
+
+def test_a_folder_of_someone_else_is_no_workshop(stock: Path, tmp_path: Path) -> None:
+    (tmp_path / "moe.partial").mkdir()
+    (tmp_path / "moe.partial" / "thesis.txt").write_text("years of work", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"destination: .*moe\.partial is needed for work and holds something else"):
+        convert(stock, tmp_path / "moe")
+    assert contents(tmp_path / "moe.partial") == {"thesis.txt": b"years of work"}
+
+
+# ------------------------------------------------------------------------------------------------ the proof
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too little for both models at once."""
+    monkeypatch.setattr(folder_module, "_available_memory", lambda: 0)
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom", "phi3", "apertus"])
+def test_layers_are_proven_one_by_one(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense_model(family).save_pretrained(tmp_path / "dense")
+    proof = upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", num_experts=4, router_type="top_k")
+    assert isinstance(proof, LayerProof)
+    assert proof.max_relative_difference < 1e-5
+    assert proof.num_layers == 2
+    assert str(proof) in capsys.readouterr().out
+    assert str(proof) in (tmp_path / "moe" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("fault", ["swapped", "zeroed", "nan"])
+def test_a_wrong_expert_fails_the_proof_of_layers(stock: Path, tmp_path: Path, fault: str) -> None:
+    assert upcycle_checkpoint(stock, tmp_path / "moe", num_experts=2).holds
+    path = tmp_path / "moe" / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.{}.mlp.experts.down_proj"
+    if fault == "swapped":
+        tensors[name.format(1)][0] = tensors[name.format(2)][0]
+    else:
+        tensors[name.format(0)][1] = 0 if fault == "zeroed" else float("nan")
+    save_file(tensors, path)
+    proof = prove_layers(plan_checkpoint(stock, num_experts=2), tmp_path / "moe", {"num_experts": 2})
+    assert not proof.holds
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("router_type", ["hash", "expert_choice", "soft"])
+def test_layers_of_other_routers_are_measured(stock: Path, tmp_path: Path, router_type: str) -> None:
+    fields = {"router_type": router_type, "allow_non_causal_routing": True}
+    assert isinstance(upcycle_checkpoint(stock, tmp_path / "moe", num_experts=2, **fields), LayerProof)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_identity_is_required_before_anything_is_called_done(
+    stock: Path, tmp_path: Path, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_module, "_available_memory", lambda: 10**12 if whole else 0)
+    upcycle_checkpoint(stock, tmp_path / "moe", num_experts=2, require_identity=1e-4)
+    before = contents(tmp_path / "moe")
+    with pytest.raises(ValueError, match=r"require_identity: must be at most 0\.0001, but step 0.*NOT equal"):
+        upcycle_checkpoint(stock, tmp_path / "moe", recipe="drop", num_experts=2, require_identity=1e-4, overwrite=True)
+    assert contents(tmp_path / "moe") == before
+    assert not (tmp_path / "moe.partial").exists()
+    for fields in ({"verify": False, "require_identity": 1.0}, {"require_identity": -1.0}):
+        with pytest.raises(ValueError, match="require_identity: must not be negative, and needs verify=True"):
+            upcycle_checkpoint(stock, tmp_path / "new", **fields)
+
+
+# ------------------------------------------------------------------------------------------------ around it
+
+
+def test_the_plan_is_shown_and_nothing_written(stock: Path, tmp_path: Path) -> None:
+    plan = plan_checkpoint(stock, num_experts=4, num_experts_per_tok=1)
+    console = Console(width=200, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    console.print(plan_table(plan, tmp_path / "not" / "there"))
+    text = console.export_text()
+    upcycle_checkpoint(stock, tmp_path / "moe", num_experts=4, num_experts_per_tok=1)
+    size = (tmp_path / "moe" / "model.safetensors").stat().st_size
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "moe").config
+    for wanted in ("3 of 3", f"{size:,} in 1 files", "4, of which 1 per token", f"{config.num_parameters():,}"):
+        assert wanted in text
+    # One layer: 4 experts of 3 matrices 32 x 48 and a router, in float32.
+    assert plan.layer_bytes == 4 * (4 * 3 * 32 * 48 + 4 * 32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["moe"]
+
+
+def test_a_finished_folder_is_uploaded(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    class Hub:
+        def create_repo(self, name: str, **options: Any) -> None:
+            calls.append(("create", name))
+
+        def upload_folder(self, folder_path: Path, repo_id: str, **options: Any) -> None:
+            calls.append(("upload", repo_id, sorted(contents(folder_path))))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    convert(stock, tmp_path / "moe", push_to_hub="me/moe")
+    assert calls == [("create", "me/moe"), ("upload", "me/moe", sorted(contents(tmp_path / "moe")))]
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no way\nto the Hub")
+
+    monkeypatch.setattr(Hub, "upload_folder", refuse)
+    with pytest.raises(ValueError, match=r"push_to_hub: .* is complete, but 'me/moe' could not be uploaded: no way$"):
+        convert(stock, tmp_path / "again", push_to_hub="me/moe")
+    assert contents(tmp_path / "again") == contents(tmp_path / "moe")
+
+
+def test_a_model_of_the_hub(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files lie in the cache as links into the folder `blobs`, and only those that are needed are fetched."""
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "abc", tmp_path / "cache" / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    for path in stock.iterdir():
+        shutil.copy(path, blobs / path.name)
+        (snapshot / path.name).symlink_to(blobs / path.name)
+    asked: dict[str, Any] = {}
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked[name] = allow_patterns
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    from st_moe.conversion import plan as plan_module
+
+    real = plan_module.dense_config
+    monkeypatch.setattr(plan_module, "dense_config", lambda source: real(stock if source == "org/name" else source))
+    convert("org/name", tmp_path / "moe")
+    convert(stock, tmp_path / "straight")
+    assert "model*.safetensors" in asked["org/name"]
+    assert not any(pattern in ("*", "*.bin", "*.py") for pattern in asked["org/name"])
+    expected, found = contents(tmp_path / "straight"), contents(tmp_path / "moe")
+    assert [name for name in expected if expected[name] != found[name]] == ["README.md"]
+    assert b"base_model: org/name" in found["README.md"]
+
+
+def test_tokenizer_files_are_kept_as_they_are(stock: Path, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    shutil.copytree(stock, dense)
+    (dense / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "preprocessor_config.json", "LICENCE", "additional_chat_templates/tool.jinja"):
+        (dense / name).write_text("{ }  ", encoding="utf-8")
+    (dense / "secret.txt").write_text("not mine", encoding="utf-8")
+    (dense / "LICENSE").symlink_to("/etc/hostname")
+    convert(dense, tmp_path / "moe")
+    found = contents(tmp_path / "moe")
+    kept = ["chat_template.jinja", "preprocessor_config.json", "LICENCE", "additional_chat_templates/tool.jinja"]
+    for name in (*kept, "tokenizer.json", "tokenizer_config.json"):
+        assert found[name] == (dense / name).read_bytes()
+    assert not {"secret.txt", "LICENSE"} & found.keys()
+
+
+def test_writing_needs_no_model_classes() -> None:
+    code = "import sys, st_moe.conversion.folder; print('transformers.modeling_utils' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout == "False\n"
+
+
+def test_one_layer_is_made_at_a_time(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    make = streaming._LayerMaker._make
+
+    def watched(self: Any, layer: Any) -> Any:
+        assert self.made == {}
+        made.append(layer.num_experts)
+        return make(self, layer)
+
+    monkeypatch.setattr(streaming._LayerMaker, "_make", watched)
+    upcycle_checkpoint(stock, tmp_path / "moe", num_experts=[2, 3, 4], num_experts_per_tok=[1, 1, 1], verify=False)
+    assert made == [2, 3, 4]
+
+
+def test_a_recipe_that_makes_something_else_is_refused(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def narrow(self: Any, layer: Any) -> Iterator[Any]:
+        made = run(self, layer)
+        return made._replace(experts=made.experts._replace(w_out=made.experts.w_out[:, :, :-1]))
+
+    run = streaming._LayerMaker._run_recipe
+    monkeypatch.setattr(streaming._LayerMaker, "_run_recipe", narrow)
+    with pytest.raises(RuntimeError, match=r"recipe 'copy' made .* where the config asks for"):
+        upcycle_checkpoint(stock, tmp_path / "moe", num_experts=2)
+    assert not (tmp_path / "moe").exists()
+
+
+def test_available_memory_is_a_number() -> None:
+    assert 10**7 < folder_module._available_memory() < 10**15
