@@ -15,8 +15,8 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     BertConfig,
     BertModel,
 )
@@ -492,9 +492,9 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
         (missing_shard, r"source: .*index\.json names 'model-00001.*which is missing"),
         (no_weights, "source: must hold model.safetensors or its index"),
         (pickle_only, r"weights must be safetensors, but .* holds pickles \(pytorch_model\.bin\)"),
-        (index_points_outside, "must name files of its own folder, got '../elsewhere.safetensors'"),
-        (index_points_to_an_absolute_path, "must name files of its own folder, got '/"),
-        (index_is_no_json, r"index\.json must be a JSON object with a weight_map"),
+        (index_points_outside, "must name safetensors files of its own folder, got '../elsewhere.safetensors'"),
+        (index_points_to_an_absolute_path, "must name safetensors files of its own folder, got '/"),
+        (index_is_no_json, r"index\.json must be JSON"),
         (index_without_weight_map, r"index\.json must be a JSON object with a weight_map"),
         (index_of_nothing, "index.json"),
         (already_sparse, "source: must be a dense model, but .* already is a mixture"),
@@ -597,8 +597,8 @@ def test_what_is_no_model_is_refused(thing: Any) -> None:
 
 
 def test_heads_without_a_sparse_counterpart_are_refused() -> None:
-    dense = dense_model("llama", AutoModelForTokenClassification)
-    with pytest.raises(ValueError, match="'llama', got LlamaForTokenClassification"):
+    dense = dense_model("llama", AutoModelForQuestionAnswering)
+    with pytest.raises(ValueError, match="'llama', got LlamaForQuestionAnswering"):
         upcycle(dense, num_experts=2)
 
 
