@@ -45,7 +45,8 @@ class RunLog:
     def loads(self) -> tuple[list[int], list[int], np.ndarray]:
         """Steps `[N]`, layer indices `[L]` and shares of assignments relative to balanced `[N, L, E]`.
 
-        Entries with another shape than the last one (the folder was used for another model before) are left out.
+        Entries with another shape than the last one (the folder was used for another model before) are left out. NaN
+        fills up the rows of layers with fewer experts than others.
         """
         entries = [entry for entry in self.training if "expert_load" in entry]
         if not entries:
@@ -53,7 +54,8 @@ class RunLog:
         layers, shape = entries[-1]["layers"], entries[-1]["expert_load"].shape
         same = [entry for entry in entries if entry["layers"] == layers and entry["expert_load"].shape == shape]
         shares = np.stack([entry["expert_load"] for entry in same])
-        return [entry["step"] for entry in same], layers, shares * shape[1]
+        experts = np.array([entries[-1]["experts"]])[..., None]
+        return [entry["step"] for entry in same], layers, shares * experts
 
 
 def read_log(output_dir: str | Path) -> RunLog:
@@ -131,7 +133,7 @@ def summary_table(output_dir: str | Path) -> Table:
         )
     busiest = ""
     if experts:
-        layer, expert = np.unravel_index(int(loads[-1].argmax()), loads[-1].shape)
+        layer, expert = np.unravel_index(int(np.nan_to_num(loads[-1]).argmax()), loads[-1].shape)
         busiest = f" (layer {layers[layer]}, expert {expert})"
     for name, unit, balanced in _METRICS:
         steps, values = log.series(name)
@@ -148,9 +150,19 @@ _METRICS = (
     ("eval_loss", "nats/token", "-"),
     ("balance_loss", "no unit", "1.0"),
     ("router_z_loss", "squared logit", "-"),
+    ("sequence_balance_loss", "no unit", "1.0"),
+    ("second_place_loss", "no unit", "0.5"),
+    ("importance_loss", "squared variation", "0"),
+    ("load_loss", "squared variation", "0"),
+    ("diversity_loss", "no unit", "-"),
+    ("simplicity_loss", "no unit", "-"),
+    ("top_any_balance_loss", "no unit", "-"),
+    ("efficiency_loss", "fraction of the experts", "-"),
+    ("depth_loss", "nats/token", "-"),
     ("router/entropy", "fraction of ln(experts)", "<= 1.0"),
     ("router/max_load", "x balanced", "1.0"),
     ("router/dead_experts", "experts", "0"),
+    ("router/active_experts", "experts per layer", "-"),
 )
 
 
@@ -169,19 +181,27 @@ def _check_entry(entry: Any, place: str) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{place}: field {name!r} must be a number, got {value!r}")
     if entry.get("expert_load"):
-        entry["expert_load"] = _checked_loads(entry["expert_load"], entry.get("layers"), place)
+        given = entry["expert_load"]
+        entry["expert_load"] = _checked_loads(given, entry.get("layers"), place)
+        entry["experts"] = [len(row) for row in given]
     else:
         entry.pop("expert_load", None)  # a dense model has no sparse layers to show
 
 
 def _checked_loads(loads: Any, layers: Any, place: str) -> np.ndarray:
-    """Expert loads `[L, E]` as an array (a long run's lists of Python numbers would fill the memory)."""
+    """Expert loads `[L, E]` as an array (a long run's lists of Python numbers would fill the memory).
+
+    Layers may differ in their number of experts; NaN fills up the shorter rows.
+    """
     try:
-        array = np.asarray(loads, dtype=np.float32)
+        rows = [np.asarray(row, dtype=np.float32) for row in loads]
     except (ValueError, TypeError):
-        array = np.zeros(0, dtype=np.float32)
-    if array.ndim != 2:
-        raise ValueError(f"{place}: field 'expert_load' must be one list of numbers per layer, all of one length")
+        rows = []
+    if not rows or any(row.ndim != 1 for row in rows):
+        raise ValueError(f"{place}: field 'expert_load' must be one list of numbers per layer")
+    array = np.full((len(rows), max(map(len, rows))), np.nan, dtype=np.float32)
+    for place_of_row, row in zip(array, rows, strict=True):
+        place_of_row[: len(row)] = row
     if not isinstance(layers, list) or len(layers) != len(array) or not all(type(layer) is int for layer in layers):
         raise ValueError(
             f"{place}: field 'layers' must list one index for each of the {len(array)} rows of 'expert_load', "

@@ -1,5 +1,6 @@
 """The report reads what the Trainer logs, survives a running or resumed training, and draws what the log says."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
+from st_moe.configuration import LOSSES
 from st_moe.finetune import report
 from st_moe.finetune.report import draw_report, read_log, summary_table
 from st_moe.finetune.trainer import ROUTER_LOG
@@ -40,6 +42,23 @@ def write_log(folder: Path, *entries: dict[str, Any] | str) -> Path:
     lines = (item if isinstance(item, str) else json.dumps(item) + "\n" for item in entries)
     (folder / ROUTER_LOG).write_text("".join(lines), encoding="utf-8")
     return folder
+
+
+def test_layers_may_differ_in_their_experts(tmp_path: Path) -> None:
+    folder = write_log(tmp_path, *(entry(step, [[0.75, 0.25], [0.2, 0.2, 0.5, 0.1]]) for step in (1, 2)))
+    _, layers, loads = read_log(folder).loads()
+    assert layers == [1, 3]
+    np.testing.assert_allclose(loads[0], [[1.5, 0.5, np.nan, np.nan], [0.8, 0.8, 2.0, 0.4]], rtol=1e-6)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(summary_table(folder))
+    assert set(draw_figures(folder)) == {"losses", "loads"}
+
+
+def test_every_loss_of_the_registry_is_in_the_table(tmp_path: Path) -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(summary_table(write_log(tmp_path, entry(1, **dict.fromkeys(LOSSES, 0.5)))))
+    text = console.export_text()
+    assert [name for name in LOSSES if name not in text] == []
 
 
 def draw_figures(folder: Path) -> dict[str, Figure]:
@@ -100,7 +119,7 @@ def test_whole_last_line_without_its_end_counts(tmp_path: Path) -> None:
         ('{"step": -1}\n', r"line 2: field 'step' must be a whole number >= 0, got -1"),
         ('{"step": true}\n', r"line 2: field 'step' must be a whole number >= 0, got True"),
         ('{"step": 20, "lm_loss": "2"}\n', r"line 2: field 'lm_loss' must be a number, got '2'"),
-        ('{"step": 20, "expert_load": [[1], [1, 2]]}\n', r"line 2: field 'expert_load' must be one list of numbers"),
+        ('{"step": 20, "expert_load": [[1], [[1]]]}\n', r"line 2: field 'expert_load' must be one list of numbers"),
         ('{"step": 20, "expert_load": [1, 2]}\n', r"line 2: field 'expert_load' must be one list of numbers"),
         ('{"step": 20, "expert_load": [["a"]]}\n', r"line 2: field 'expert_load' must be one list of numbers"),
         (
