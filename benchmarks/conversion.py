@@ -154,6 +154,8 @@ def main() -> None:
     columns = ("layers", "recipe", "GB", "plan MB", "peak MB", "bar MB", "bar", "MB/s", "cp MB/s")
     for column in (*columns, "speed / cp", "speed / (cp + fsync)"):
         table.add_column(column, justify="left" if column in ("recipe", "bar") else "right")
+    if options.folder is not None:
+        Path(options.folder).mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=options.folder) as place:
         for row in rows:
             print(f"{row[0]} layers, {row[1]}", file=sys.stderr, flush=True)
