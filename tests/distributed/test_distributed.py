@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from st_moe import STMoEConfig, STMoEForCausalLM
 
@@ -70,6 +72,8 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 @pytest.mark.parametrize("job", ["tensor_parallel", "expert_parallel", "fsdp", "expert_parallel_fsdp"])
 def test_two_processes_equal_one(job: str, single: tuple[Path, dict[str, Any]]) -> None:
     folder, reference = single
+    if job == "expert_parallel_fsdp" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("experts' gradients come out halved with Transformers 5.20; versions before 5.23 are not relied on")
     for result in run(job, folder, ranks=2):
         rows = result["rows"]
         assert relative(result["logits"], reference["logits"][rows]) < 1e-5
