@@ -10,9 +10,13 @@ from st_moe.configuration.configuration_st_moe import (
     num_ffn_layers,
     on_new_family,
 )
+from st_moe.configuration.presets import DYNMOE_PHI2, DYNMOE_QWEN2, DYNMOE_STABLELM
 from st_moe.configuration.routers import LOSSES, ROUTER_TYPES, RouterType
 
 __all__ = [
+    "DYNMOE_PHI2",
+    "DYNMOE_QWEN2",
+    "DYNMOE_STABLELM",
     "FFN_ATTRIBUTES",
     "LOSSES",
     "MIXTURE_FIELDS",

@@ -103,7 +103,8 @@ class STMoEConfig(PreTrainedConfig):
         num_experts: E, experts per sparse layer; a list gives every sparse layer its own number.
         num_experts_per_tok: K, experts that each token is routed to; a list as for `num_experts`.
         sparse_layers: which layers are sparse: None (all), a list of layer indices, `"every:k"` (the last of each
-            group of k: layers k-1, 2k-1, ...) or `"last:k"` (the last k layers).
+            group of k: layers k-1, 2k-1, ...), `"every:k:first"` (first, first + k, ...) or `"last:k"` (the last k
+            layers).
         moe_intermediate_size: I, width of one expert; None takes the width of the dense FFN.
         router_type: name of the router, one of `ROUTER_TYPES`.
         norm_topk_prob: whether the K combine weights are divided by their sum. An upcycled model computes the dense

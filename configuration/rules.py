@@ -194,20 +194,24 @@ def sparse_layer_indices(sparse_layers: Sequence[int] | str | None, num_layers: 
     if sparse_layers is None:
         return list(range(num_layers))
     if isinstance(sparse_layers, str):
-        kind, _, count = sparse_layers.partition(":")
-        step = int(count)
-        return list(range(step - 1, num_layers, step) if kind == "every" else range(num_layers - step, num_layers))
+        kind, *numbers = sparse_layers.split(":")
+        step = int(numbers[0])
+        if kind == "last":
+            return list(range(num_layers - step, num_layers))
+        return list(range(int(numbers[1]) if len(numbers) == 2 else step - 1, num_layers, step))
     return sorted(sparse_layers)
 
 
 def sparse_layers_fault(sparse_layers: Any, num_layers: int) -> str | None:
     """What is wrong with `sparse_layers` for a model of `num_layers` layers, or None."""
-    rule = f"must be None, 'every:k', 'last:k' or distinct layer indices that fit {num_layers} layers"
+    rule = f"must be None, 'every:k', 'every:k:first', 'last:k' or distinct layer indices that fit {num_layers} layers"
     if sparse_layers is None:
         return None
     if isinstance(sparse_layers, str):
-        kind, _, count = sparse_layers.partition(":")
-        valid = kind in ("every", "last") and count.isdecimal() and 1 <= int(count) <= num_layers
+        kind, *numbers = sparse_layers.split(":")
+        shape = (kind, len(numbers)) in (("every", 1), ("every", 2), ("last", 1))
+        valid = shape and all(n.isdecimal() for n in numbers) and 1 <= int(numbers[0]) <= num_layers
+        valid = valid and int(numbers[-1]) < num_layers + (len(numbers) == 1)
     else:
         distinct = set(sparse_layers)
         valid = bool(distinct) and len(distinct) == len(sparse_layers) and distinct <= set(range(num_layers))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 
-from st_moe.configuration import STMoEConfig, on_new_family
+from st_moe.configuration import DYNMOE_PHI2, DYNMOE_QWEN2, DYNMOE_STABLELM, STMoEConfig, on_new_family
 
 if TYPE_CHECKING:
     from st_moe.conversion import prove_identity
@@ -38,6 +38,9 @@ _ROOMS = {
 }
 
 __all__ = [
+    "DYNMOE_PHI2",
+    "DYNMOE_QWEN2",
+    "DYNMOE_STABLELM",
     "AdaptiveExperts",
     "STMoEConfig",
     "STMoEForCausalLM",
