@@ -2,9 +2,10 @@
 
 Time of a forward pass in training mode without gradients, from router logits that are given (`--from logits`, the
 strict comparison: what a router adds to a bare softmax and top-k) or from hidden states (`--from hidden`, the router's
-matrix product included). Where st-moe-pytorch is installed, its gating is timed too (K >= 2 only). One thread, CPU
-time, interleaved rounds, medians: the ratios hold on a busy machine, the milliseconds do not. `--memory` adds the
-growth of a fresh process's peak resident set over one pass, weights and inputs not counted.
+matrix product included; mixture_of_depths has one expert and is no row). Where st-moe-pytorch is installed, its gating is
+timed too (K >= 2 only). One thread, CPU time, interleaved rounds, medians: the ratios hold on a busy machine, the
+milliseconds do not. `--memory` adds the growth of a fresh process's peak resident set over one pass, weights and inputs
+not counted.
 
 Shape letters: T tokens, H hidden size, E experts, K choices per token.
 """
@@ -46,6 +47,9 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "coordinate_descent": {"router_type": "coordinate_descent"},
     "top_any": {"router_type": "top_any"},
     "expert_choice": {"router_type": "expert_choice", "allow_non_causal_routing": True},
+    "soft": {"router_type": "soft", "allow_non_causal_routing": True},
+    "hash": {"router_type": "hash", "hash_by": "position"},
+    "uniform": {"router_type": "uniform"},
     REFERENCE: {},
 }
 #: Routers that read given logits in the place of their own product.
@@ -145,7 +149,7 @@ def main() -> None:
                     cell += f"; {peak_growth(name, experts, choices, dtype, options.start):.1f}"
                 cells.append(cell)
             table.add_row(str(experts), str(choices), dtype, *cells)
-    console = Console(width=200)
+    console = Console(width=280)
     console.print(table)
     console.print(setting())
 

@@ -44,7 +44,7 @@ def upcycle(
     num_experts: Annotated[int, typer.Option(help="Experts per sparse layer.")] = 8,
     top_k: Annotated[int, typer.Option(help="Experts per token.")] = 2,
     sparse_layers: Annotated[
-        str | None, typer.Option(help="every:k, last:k or indices such as 1,3,5; all layers if left out.")
+        str | None, typer.Option(help="every:k, every:k:first, last:k or indices such as 1,3,5; all if left out.")
     ] = None,
     recipe: Annotated[
         str, typer.Option(help="How experts are made: copy, noise, drop, split, granular, shared or merge.")
