@@ -2,8 +2,8 @@
 
 Time of a forward pass in training mode without gradients, from router logits that are given (`--from logits`, the
 strict comparison: what a router adds to a bare softmax and top-k) or from hidden states (`--from hidden`, the router's
-matrix product included; mixture_of_depths has one expert and is no row). Where st-moe-pytorch is installed, its gating is
-timed too (K >= 2 only). One thread, CPU time, interleaved rounds, medians: the ratios hold on a busy machine, the
+matrix product included; mixture_of_depths has one expert and is no row). Where st-moe-pytorch is installed, its gating
+is timed too (K >= 2 only). One thread, CPU time, interleaved rounds, medians: the ratios hold on a busy machine, the
 milliseconds do not. `--memory` adds the growth of a fresh process's peak resident set over one pass, weights and inputs
 not counted.
 
