@@ -5,17 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import torch
@@ -32,8 +30,10 @@ from st_moe.conversion.streaming import Journal, Plan, checkpoint_of_progress, s
 
 if TYPE_CHECKING:
     # Model classes would take more memory than the conversion itself.
+    from transformers import PreTrainedTokenizerBase
+
     from st_moe.conversion.proof import IdentityProof
-    from st_moe.conversion.verify import LayerProof
+    from st_moe.conversion.router_init import RouterStart, Text
 
 logger = logging.get_logger(__name__)
 
@@ -55,7 +55,7 @@ _COMPANION_FILES = (
     "USE_POLICY*",
 )
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
-_WORKSHOP_FILES = {"model", "fresh", "journal.jsonl", "journal.new", "replaced"}
+_WORKSHOP_FILES = {"model", "fresh", "journal.jsonl", "journal.new", "offload", "replaced"}
 # What Python, torch and the writer take beside one layer, in bytes; measured by `python -m benchmarks.conversion`.
 _BASE_MEMORY = 270 * 10**6
 
@@ -67,37 +67,44 @@ def upcycle_checkpoint(
     recipe: str = "copy",
     recipe_options: Mapping[str, Any] | None = None,
     router_std: float = 0.02,
+    router_init: str = "normal",
+    router_options: Mapping[str, Any] | None = None,
+    router_texts: Sequence[Text] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
-    verify: bool | Literal["layers"] = True,
+    verify: bool = True,
+    proof_text: str | None = None,
     require_identity: float | None = None,
     push_to_hub: str | None = None,
-    in_memory_options: Mapping[str, Any] | None = None,
     **mixture_fields: Any,
-) -> IdentityProof | LayerProof | None:
+) -> IdentityProof | None:
     """Write the mixture that a dense checkpoint becomes, with its tokenizer, generation config, chat template and card.
 
     Weights are read and written tensor by tensor; one layer's experts are in memory at most. Everything is written to
     `<destination>.partial`, which takes the destination's place when it is complete. A run that was stopped in any way
     goes on when it is called again with the same arguments, and ends in the same bytes.
 
-    A few requests cannot be streamed and are done in memory, which a warning says: families whose checkpoints are
-    stored otherwise than their models hold them, several sources, and routers that start from text.
+    Families whose checkpoints are stored otherwise than their models hold them are converted in memory, which a warning
+    says.
 
-    The proof compares logits if both models take less than half of the memory that is free, and else each sparse layer
-    with its dense FFN.
+    For the proof both models run on the same tokens, one after the other and module by module, so that it takes no more
+    memory than the conversion and the model classes. So does the dense model for routers that start from text.
 
     Args:
         source: a local folder or the name of a model on the Hub; for the recipe `"merge"` a list of them.
         destination: the folder to write; must not exist, unless `overwrite`.
-        recipe, recipe_options, router_std, seed, mixture_fields: as for `upcycle`.
+        recipe, recipe_options, router_std, router_init, router_options, router_texts, seed, mixture_fields: as for
+            `upcycle`.
+        tokenizer: for texts; None takes the source's.
         overwrite: whether an existing destination is replaced, once the new folder is complete.
         max_shard_size: largest weight file, such as `"5GB"`.
-        verify: whether step 0 is compared with the dense model; `"layers"` never by logits.
+        verify: whether step 0 is compared with the dense model.
+        proof_text: text to compare on, at most its first 512 tokens; None takes a text of this package, or random
+            tokens where the source has no tokenizer.
         require_identity: largest relative difference that is accepted; None accepts any where none is promised.
         push_to_hub: name of the repository on the Hub to upload the folder to.
-        in_memory_options: further arguments of `upcycle`, which need the model in memory (`router_init` and others).
 
     Returns:
         The proof of step-0 identity, or None without `verify`.
@@ -122,20 +129,21 @@ def upcycle_checkpoint(
         "recipe": recipe,
         "recipe_options": recipe_options or {},
         "router_std": router_std,
+        "router_init": router_init,
+        "router_options": router_options,
+        "router_texts": router_texts,
+        "tokenizer": tokenizer,
         "seed": seed,
     }
     with _explaining_a_full_disk(workshop):
-        plan = plan_checkpoint(
-            sources, workshop / "fresh", max_shard_size=max_shard_size, in_memory_options=in_memory_options,
-            **options, **mixture_fields
-        )  # fmt: skip
+        plan = plan_checkpoint(sources, workshop / "fresh", max_shard_size=max_shard_size, **options, **mixture_fields)
         workshop.mkdir(parents=True, exist_ok=True)
         journal = Journal(workshop, plan.digest)
         folder = workshop / "model"
         if plan.in_memory:
             logger.warning(f"{source}: converted in memory, not streamed: {plan.in_memory}.")
             with _keeping_nothing(workshop):
-                _in_memory(sources, folder, max_shard_size, {**options, **(in_memory_options or {}), **mixture_fields})
+                _in_memory(sources, folder, max_shard_size, {**options, **mixture_fields})
         else:
             _check_room(plan, workshop, journal)
             with _progress(plan.num_bytes) as advance:
@@ -143,11 +151,11 @@ def upcycle_checkpoint(
         if journal.non_finite:
             logger.warning(f"{source}: weights are NaN or infinite: {_faults(journal.non_finite)}.")
         _write_texts(plan, folder)
-        proof = _proof(plan, folder, mixture_fields, verify == "layers") if verify else None
+        proof = _proof(plan, folder, proof_text) if verify else None
         if proof is not None:
             with _keeping_nothing(workshop):
                 _judge(proof, plan, journal, require_identity)
-        card = _model_card(sources[0], plan, seed, proof, journal.non_finite)
+        card = _model_card(sources, plan, seed, proof, journal.non_finite)
         (folder / "README.md").write_text(card, encoding="utf-8")
         _exchange(workshop, target)
         checkpoint_of_progress("tidy")
@@ -164,16 +172,19 @@ def plan_checkpoint(
     recipe: str = "copy",
     recipe_options: Mapping[str, Any] | None = None,
     router_std: float = 0.02,
+    router_init: str = "normal",
+    router_options: Mapping[str, Any] | None = None,
+    router_texts: Sequence[Text] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
     max_shard_size: str = "5GB",
-    in_memory_options: Mapping[str, Any] | None = None,
     **mixture_fields: Any,
 ) -> Plan:
     """What `upcycle_checkpoint` would write, after every check of its arguments and of the source.
 
     Args:
-        source, recipe, recipe_options, router_std, seed, max_shard_size, in_memory_options, mixture_fields: as there.
-        fresh: file to write with the parts that no recipe makes; None writes nothing at all.
+        source, max_shard_size, mixture_fields, and how experts and routers are made: as there.
+        fresh: file to write with the parts that no recipe makes; None writes nothing at all, and reads no text.
 
     Raises:
         ValueError: when an argument or the source is at fault.
@@ -187,37 +198,51 @@ def plan_checkpoint(
         "recipe": recipe,
         "recipe_options": recipe_options or {},
         "router_std": router_std,
+        "router": (router_init, router_options or {}, router_texts, tokenizer),
         "seed": seed,
         "max_shard_size": max_shard_size,
         "fields": mixture_fields,
     }
-    plan = _apart(sources[0], fresh, arguments)
-    if len(sources) > 1:
-        return replace(plan, in_memory="several models are merged")
-    if in_memory_options:
-        return replace(plan, in_memory=f"{', '.join(in_memory_options)} need the whole model")
-    return plan
+    return _apart(sources, fresh, arguments)
 
 
-def _apart(source: str | Path, fresh: Path | None, arguments: Mapping[str, Any]) -> Plan:
+def _apart(sources: Sequence[str | Path], fresh: Path | None, arguments: Mapping[str, Any]) -> Plan:
     """Make the plan in a process that ends before anything large is written, unless model classes are here anyway."""
     if sys.platform != "linux" or "transformers.modeling_utils" in sys.modules:
-        return _plan(source, fresh, arguments)
+        return _plan(sources, fresh, arguments)
     # Forked, so that it shares what is already imported; nothing here has started threads by now.
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
-        return pool.submit(_plan, source, fresh, arguments).result()
+        return pool.submit(_plan, sources, fresh, arguments).result()
 
 
-def _plan(source: str | Path, fresh: Path | None, arguments: Mapping[str, Any]) -> Plan:
+def _plan(sources: Sequence[str | Path], fresh: Path | None, arguments: Mapping[str, Any]) -> Plan:
     from st_moe.conversion.plan import Models, make_plan
+    from st_moe.conversion.router_init import RouterStart, check_router_init
 
-    if not Path(source).exists():
-        # What can be wrong with the request shows before gigabytes are fetched.
-        Models(source, arguments["recipe"], arguments["recipe_options"], arguments["fields"])
-        patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *_COMPANION_FILES]
-        source = huggingface_hub.snapshot_download(str(source), allow_patterns=patterns)
-        check_checkpoint(Path(source))
-    return make_plan(Path(source).absolute(), fresh, **arguments)
+    others = dict(arguments)
+    start = RouterStart(*others.pop("router"))
+    check_router_init(*start[:3])
+    folders = []
+    for source in sources:
+        if not Path(source).exists():
+            # What can be wrong with the request shows before gigabytes are fetched.
+            Models(source, arguments["recipe"], arguments["recipe_options"], arguments["fields"])
+            patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *_COMPANION_FILES]
+            source = huggingface_hub.snapshot_download(str(source), allow_patterns=patterns)
+            check_checkpoint(Path(source))
+        folders.append(Path(source).absolute())
+    return make_plan(folders, fresh, router_start=_with_tokenizer(start, folders[0]), **others)
+
+
+def _with_tokenizer(start: RouterStart, source: Path) -> RouterStart:
+    """With the source's tokenizer, where texts need one and none is given."""
+    from torch import Tensor
+
+    if start.tokenizer is not None or all(isinstance(text, Tensor) for text in start.texts or ()):
+        return start
+    from transformers import AutoTokenizer
+
+    return start._replace(tokenizer=AutoTokenizer.from_pretrained(source, trust_remote_code=False))
 
 
 def _check_destination(target: Path, source: str | Path, overwrite: bool) -> None:
@@ -294,12 +319,8 @@ def _progress(total: int) -> Iterator[Any]:
 
 def _in_memory(sources: Sequence[str | Path], folder: Path, max_shard_size: str, arguments: dict[str, Any]) -> None:
     """Convert with the whole model in memory."""
-    from transformers import AutoTokenizer
-
     from st_moe.conversion.upcycle import upcycle
 
-    if arguments.get("router_texts") is not None and arguments.get("tokenizer") is None:
-        arguments["tokenizer"] = AutoTokenizer.from_pretrained(sources[0], trust_remote_code=False)
     model = upcycle(sources if len(sources) > 1 else sources[0], verify=False, **arguments)
     checkpoint_of_progress("write")
     model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -310,7 +331,7 @@ def _write_texts(plan: Plan, folder: Path) -> None:
     for name, text in plan.texts.items():
         if not (folder / name).exists() or not plan.in_memory:
             (folder / name).write_text(text, encoding="utf-8")
-    _copy_companions(plan.source, folder)
+    _copy_companions(plan.sources[0], folder)
 
 
 def _copy_companions(source: str | Path, target: Path) -> None:
@@ -342,19 +363,18 @@ def _names_its_class(config: Path) -> bool:
         return False
 
 
-def _proof(plan: Plan, folder: Path, fields: Mapping[str, Any], by_layers: bool) -> IdentityProof | LayerProof:
+def _proof(plan: Plan, folder: Path, text: str | None) -> IdentityProof:
     """Measure and print how far the written mixture is from the dense model."""
-    from st_moe.conversion.verify import prove_folder, prove_layers
+    from st_moe.conversion.from_disk import prove_folder
 
-    whole = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    whole += sum(size for size, _ in plan.files.values())
-    fits = not by_layers and whole < _available_memory() / 2
-    proof = prove_folder(plan, folder) if plan.in_memory or fits else prove_layers(plan, folder, fields)
+    console = Console(stderr=True)
+    with console.status("proof: both models, from the disk") if console.is_terminal else nullcontext():
+        proof = prove_folder(plan.sources[0], folder, text)
     print(proof)  # noqa: T201 -- the proof is part of what the caller asked for
     return proof
 
 
-def _judge(proof: IdentityProof | LayerProof, plan: Plan, journal: Journal, most: float | None) -> None:
+def _judge(proof: IdentityProof, plan: Plan, journal: Journal, most: float | None) -> None:
     """Refuse a mixture that is further from the dense model than was asked for, or than can be.
 
     Raises:
@@ -369,15 +389,6 @@ def _judge(proof: IdentityProof | LayerProof, plan: Plan, journal: Journal, most
             f"The mixture should compute the dense function and does not ({proof}). The FFN of {plan.facts['family']!r}"
             " is not what its layout says; please report this family."
         )
-
-
-def _available_memory() -> int:
-    """Bytes of memory that are free for use, as the kernel estimates them."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 @contextmanager
@@ -436,7 +447,7 @@ def plan_table(plan: Plan, destination: Path) -> Table:
     way = f"in memory, not streamed: {plan.in_memory}" if plan.in_memory else "streamed"
     table = Table("", "plan", title="Nothing is written", show_header=False)
     rows = {
-        "source": plan.source,
+        "source": ", ".join(plan.sources),
         "dense family": facts["family"],
         "recipe": plan.recipe,
         "sparse layers": f"{facts['sparse_layers']} of {facts['layers']}",
@@ -453,18 +464,19 @@ def plan_table(plan: Plan, destination: Path) -> Table:
 
 
 def _model_card(
-    source: str | Path,
+    sources: Sequence[str | Path],
     plan: Plan,
     seed: int,
-    proof: IdentityProof | LayerProof | None,
+    proof: IdentityProof | None,
     non_finite: Mapping[str, int],
 ) -> str:
     """Model card in the Hub's format."""
     facts = plan.facts
-    local = Path(source).exists()
-    parent = Path(source).resolve().name if local else str(source)
-    # The Hub knows no folder of this machine, so only a name of its own is linked.
-    link = "" if local else f"base_model: {parent}\n"
+    local = [Path(source).exists() for source in sources]
+    names = [Path(source).resolve().name if here else str(source) for source, here in zip(sources, local, strict=True)]
+    parent = ", ".join(names)
+    # The Hub knows no folder of this machine, so only names of its own are linked.
+    link = "" if any(local) else f"base_model: [{parent}]\n"
     options = "".join(f", {name}={value}" for name, value in plan.options.items())
     faults = f"\n| NaN or infinite weights of the source | {_faults(non_finite)} |" if non_finite else ""
     return f"""---

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from st_moe.conversion.tensor_files import mean_of
+
 # Fields of a config that say nothing of what its model computes from token ids.
 _MAY_DIFFER = (
     "_name_or_path",
@@ -60,13 +62,7 @@ def merged(tensors: Sequence[Tensor], rest: str) -> Tensor:
         tensors: one per model, of one shape and dtype.
         rest: `"average"` or `"first"`.
     """
-    first = tensors[0]
-    if rest == "first" or len(tensors) == 1:
-        return first.clone()
-    total = first.to(torch.promote_types(first.dtype, torch.float32))
-    for tensor in tensors[1:]:
-        total = total + tensor.to(total)
-    return (total / len(tensors)).to(first.dtype)
+    return tensors[0].clone() if rest == "first" or len(tensors) == 1 else mean_of(tensors)
 
 
 def _compared(config: PreTrainedConfig) -> dict[str, Any]:

@@ -6,9 +6,12 @@ Everything that can be wrong with a request or a checkpoint is found here, befor
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -24,8 +27,11 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from st_moe.configuration import MIXTURE_FIELDS, STMoEConfig, family_config
 from st_moe.conversion.checkpoint import CONFIG_FAULTS, checkpoint_tensors, dense_config
+from st_moe.conversion.from_disk import run_from_disk
+from st_moe.conversion.merge import check_compatible
 from st_moe.conversion.recipes import FFNTensors, LayerTensors, try_recipe
-from st_moe.conversion.streaming import Output, Plan, Shard, SparseLayer, fingerprint
+from st_moe.conversion.router_init import RouterInputs, RouterStart, check_rows, inputs_of_ffns, start_router
+from st_moe.conversion.streaming import Output, Plan, Shard, SparseLayer, StoredFFN, fingerprint
 from st_moe.conversion.tensor_files import (
     DTYPES,
     NAMES,
@@ -35,7 +41,7 @@ from st_moe.conversion.tensor_files import (
     header_of,
     num_bytes,
 )
-from st_moe.conversion.upcycle import fill_block, fill_router, mixture_config_of, sparse_class
+from st_moe.conversion.upcycle import fill_block, fill_router, load_dense, mixture_config_of, sparse_class
 from st_moe.modeling import locate_ffns
 from st_moe.modeling.experts import ModuleExperts
 from st_moe.modeling.families import dense_auto_class
@@ -63,7 +69,7 @@ class Models:
 
     def __init__(self, source: str | Path, recipe: str, options: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
         _check_fields(fields)
-        self.recipe = try_recipe(recipe, options)
+        self.recipe, self.options = try_recipe(recipe, options), options
         self.dense = _without_weights(source)
         self.locations = locate_ffns(self.dense)
         if all(ffn.storage == "none" for ffn in self.locations):
@@ -106,12 +112,13 @@ def _without_weights(source: str | Path) -> PreTrainedModel:
 
 
 def make_plan(
-    source: str | Path,
+    sources: Sequence[Path],
     fresh: Path | None,
     *,
     recipe: str,
     recipe_options: Mapping[str, Any],
     router_std: float,
+    router_start: RouterStart,
     seed: int,
     max_shard_size: str,
     fields: Mapping[str, Any],
@@ -119,9 +126,10 @@ def make_plan(
     """Everything that a conversion will write, and the parts that no recipe makes.
 
     Args:
-        source: the checkpoint's folder.
+        sources: the checkpoint's folder; of models that are merged, all of theirs.
         fresh: file to write with routers and all else of sparse blocks that is drawn anew; None only plans.
         recipe, recipe_options, router_std, seed, fields: as for `upcycle`.
+        router_start: how the routers start, see `upcycle`.
         max_shard_size: largest file, such as `"5GB"`.
 
     Returns:
@@ -132,24 +140,59 @@ def make_plan(
     """
     if not router_std >= 0:
         raise ValueError(f"router_std: must not be negative, got {router_std!r}")
-    tensors = checkpoint_tensors(Path(source))
-    _check_depth(Path(source), len(tensors))
+    source = sources[0]
+    tensors = [checkpoint_tensors(each) for each in sources]
+    for folder, own in zip(sources, tensors, strict=True):
+        _check_depth(folder, len(own))
     models = Models(source, recipe, recipe_options, fields)
-    _name_dtype(models, tensors)
+    _name_dtype(models, tensors[0])
     plan = Plan(
-        str(source), recipe, dict(recipe_options), facts=_facts(models, recipe_options), texts=_texts(models, source)
-    )
+        tuple(map(str, sources)), recipe, dict(recipe_options), facts=_facts(models, recipe_options),
+        texts=_texts(models, source),
+    )  # fmt: skip
     try:
-        stored = stored_by_name(models.dense, tensors, source)
+        stored = _stored_of_all(models.dense, sources, tensors)
         layers = {index: _sparse_layer(models, index, stored) for index in models.blocks}
     except NotPlain as reason:
         return replace(plan, in_memory=str(reason))
-    made = _write_fresh(models, layers, stored, router_std, seed, fresh)
-    outputs = _outputs(models, stored, made)
+    inputs = _router_inputs(models, source, router_start, fresh)
+    made, digest = _write_fresh(models, layers, stored[0], router_std, router_start, inputs, seed, fresh)
+    average = recipe == "merge" and recipe_options.get("rest", "average") == "average"
+    outputs = _outputs(models, stored if average else stored[:1], made)
     shards, index = _cut(outputs, max_shard_size, models.sparse.num_parameters())
-    files = {path: fingerprint(path) for path in sorted({t.path for t in tensors.values()})}
-    files[str(Path(source) / "config.json")] = fingerprint(Path(source) / "config.json")
-    return replace(plan, shards=shards, layers=made, files=files, texts={**plan.texts, **index})
+    paths = {t.path for own in tensors for t in own.values()} | {str(folder / "config.json") for folder in sources}
+    files = {path: fingerprint(path) for path in sorted(paths)}
+    return replace(plan, shards=shards, layers=made, fresh=digest, files=files, texts={**plan.texts, **index})
+
+
+def _stored_of_all(
+    dense: PreTrainedModel, sources: Sequence[Path], tensors: Sequence[Mapping[str, StoredTensor]]
+) -> list[dict[str, StoredTensor]]:
+    """`stored_by_name` of every source, which all must be of one architecture."""
+    others = [_without_weights(source) for source in sources[1:]]
+    stored = [stored_by_name(*each) for each in zip((dense, *others), tensors, sources, strict=True)]
+    if others:
+        shapes = [{name: (t.shape, DTYPES[t.dtype]) for name, t in own.items()} for own in stored]
+        check_compatible([model.config for model in (dense, *others)], shapes)
+    return stored
+
+
+def _router_inputs(
+    models: Models, source: Path, start: RouterStart, fresh: Path | None
+) -> Sequence[Sequence[RouterInputs]]:
+    """What the routers will see of the texts that they start from, layer by layer."""
+    if not start.is_own_rule:
+        for _, block in models.blocks.values():
+            check_rows(block.gate, start.init)
+    if not start.texts or fresh is None:
+        return [()] * len(models.blocks)
+
+    def seen(dense: PreTrainedModel) -> Sequence[Sequence[RouterInputs]]:
+        locations = locate_ffns(dense)
+        places = [locations[index] for index in models.blocks]
+        return inputs_of_ffns(dense, places, start.texts or (), start.tokenizer)
+
+    return run_from_disk(partial(load_dense, source), fresh.parent, seen)
 
 
 def _check_depth(folder: Path, num_tensors: int) -> None:
@@ -268,18 +311,21 @@ def _shown(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _sparse_layer(models: Models, index: int, stored: Mapping[str, StoredTensor]) -> SparseLayer:
+def _sparse_layer(models: Models, index: int, stored: Sequence[Mapping[str, StoredTensor]]) -> SparseLayer:
     """Where the dense FFN of a layer lies; what is made ahead of the recipe is still missing."""
     ffn = models.locations[index]
     position = models.config.sparse_layer_indices.index(index)
     experts, choices = models.config.layer_sizes[position]
     places = _projections(models.dense, ffn)
-    weights = tuple(stored[f"{place}.weight"] for place in places)
-    biases = tuple(stored[f"{place}.bias"] for place in places) if ffn.bias else ()
-    if len({tensor.dtype for tensor in (*weights, *biases)}) > 1:
-        raise NotPlain(f"the projections of layer {index} are stored in several dtypes")
+    sources = []
+    for own in stored:
+        weights = tuple(own[f"{place}.weight"] for place in places)
+        biases = tuple(own[f"{place}.bias"] for place in places) if ffn.bias else ()
+        if len({tensor.dtype for tensor in (*weights, *biases)}) > 1:
+            raise NotPlain(f"the projections of layer {index} are stored in several dtypes")
+        sources.append(StoredFFN(weights, biases))
     in_name = "gate_up_proj" if ffn.gated else "up_proj"
-    return SparseLayer(experts, choices, weights, biases, ffn.conv1d, in_name, {}, (), "")
+    return SparseLayer(experts, choices, tuple(sources), ffn.conv1d, in_name, {}, "")
 
 
 def _projections(dense: nn.Module, ffn: FFNLocation) -> list[str]:
@@ -288,15 +334,9 @@ def _projections(dense: nn.Module, ffn: FFNLocation) -> list[str]:
     return [names[id(linear)] for linear in ffn.linears()]
 
 
-class _Ahead:
-    """Stands in for a recipe: notes the generator that the recipe will get."""
-
-    state = ""
-
-    def make(self, sources: Any, num_experts: int, choices: int, generator: torch.Generator, options: Any) -> Any:
-        """No experts."""
-        self.state = generator.get_state().numpy().tobytes().hex()
-        return LayerTensors(FFNTensors(None, None))  # type: ignore[arg-type]
+def _no_experts(*args: Any, **options: Any) -> LayerTensors:
+    """Stands in for a recipe's function, while all else of a block is made."""
+    return LayerTensors(FFNTensors(None, None))  # type: ignore[arg-type]
 
 
 def _write_fresh(
@@ -304,33 +344,41 @@ def _write_fresh(
     layers: Mapping[int, SparseLayer],
     stored: Mapping[str, StoredTensor],
     router_std: float,
+    start: RouterStart,
+    inputs: Sequence[Sequence[RouterInputs]],
     seed: int,
     path: Path | None,
-) -> dict[int, SparseLayer]:
-    """Write routers and all else of the blocks that no recipe makes, block by block."""
+) -> tuple[dict[int, SparseLayer], str]:
+    """Write routers and all else of the blocks that no recipe makes, block by block; the digest is of all of it."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-    made = {}
-    with open(path or "/dev/null", "wb") as file:
-        for index, (_, block) in models.blocks.items():
+    ahead = models.recipe._replace(function=_no_experts)
+    made, digest = {}, hashlib.sha256()
+    with open(path or os.devnull, "wb") as file:
+        for (index, (_, block)), seen in zip(models.blocks.items(), inputs, strict=True):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-            ffn, ahead = models.locations[index], _Ahead()
+            ffn = models.locations[index]
             if isinstance(block.experts, ModuleExperts):
                 first = next(name for name, _ in ffn.module.named_parameters())
                 fill_router(block.gate, _like(stored[f"{ffn.path}.{first}"]), router_std, generator)
             else:
-                like = _like(layers[index].weights[0])
-                fill_block(block, [FFNTensors(like, like)], ahead, {}, router_std, generator)  # type: ignore[arg-type]
+                like = _like(layers[index].sources[0].weights[0])
+                fill_block(block, [FFNTensors(like, like)], ahead, models.options, router_std, generator)
+            state = generator.get_state().numpy().tobytes().hex()
+            if not start.is_own_rule and (seen or not start.texts):
+                rows = models.recipe.router_rows(models.options, block.gate.num_experts)
+                start_router(block.gate, start.init, seen, rows, seed, index, start.options)
             fresh = {}
             for part, tensor in block.state_dict().items():
                 if tensor.device.type != "meta":
                     place = StoredTensor(part, str(path), NAMES[tensor.dtype], tuple(tensor.shape), file.tell())
                     fresh[part] = place
-                    file.write(bytes_of(tensor.contiguous()))
-            rows = tuple(f"gate.{name}" for name, _ in block.gate.named_parameters(recurse=False))
-            made[index] = replace(layers[index], fresh=fresh, router_rows=rows, generator=ahead.state)
+                    data = bytes_of(tensor.contiguous())
+                    digest.update(data)
+                    file.write(data)
+            made[index] = replace(layers[index], fresh=fresh, generator=state)
             block.to(device="meta")
-    return made
+    return made, digest.hexdigest()
 
 
 def _like(stored: StoredTensor) -> torch.Tensor:
@@ -338,27 +386,34 @@ def _like(stored: StoredTensor) -> torch.Tensor:
     return torch.empty(0, dtype=DTYPES[stored.dtype])
 
 
-def _outputs(models: Models, stored: Mapping[str, StoredTensor], layers: Mapping[int, SparseLayer]) -> list[Output]:
-    """Every tensor of the result, in the order and under the names of the host's `save_pretrained`."""
+def _outputs(
+    models: Models, stored: Sequence[Mapping[str, StoredTensor]], layers: Mapping[int, SparseLayer]
+) -> list[Output]:
+    """Every tensor of the result, in the order and under the names of the host's `save_pretrained`.
+
+    Outside of the blocks, parameters are the means of all `stored`; buffers are constants.
+    """
     sparse: STMoEPreTrainedModel = models.sparse
+    parameters = {name for name, _ in sparse.named_parameters(remove_duplicate=False)}
     state = {name: t for name, t in sparse.state_dict().items() if name not in (sparse._keys_to_ignore_on_save or ())}
     inside = {f"{name}.": index for index, (name, _) in models.blocks.items()}
     outputs = []
     for name, tensor in remove_tied_weights_from_state_dict(state, sparse).items():
         prefix = next((prefix for prefix in inside if name.startswith(prefix)), None)
         if prefix is None:
-            outputs.append(Output(name, stored[name].dtype, stored[name].shape, stored[name]))
+            origins = tuple(own[name] for own in (stored if name in parameters else stored[:1]))
+            outputs.append(Output(name, origins[0].dtype, origins[0].shape, origins))
             continue
         index, part = inside[prefix], name.removeprefix(prefix)
         layer, ffn = layers[index], models.locations[index]
         if ffn.storage == "modules" and part.startswith("experts."):
-            origin = stored[f"{ffn.path}.{part.split('.', 2)[2]}"]
-            outputs.append(Output(name, origin.dtype, origin.shape, origin))
+            origin = stored[0][f"{ffn.path}.{part.split('.', 2)[2]}"]
+            outputs.append(Output(name, origin.dtype, origin.shape, (origin,)))
         elif ffn.storage == "modules":
-            outputs.append(Output(name, layer.fresh[part].dtype, layer.fresh[part].shape, layer.fresh[part]))
+            outputs.append(Output(name, layer.fresh[part].dtype, layer.fresh[part].shape, (layer.fresh[part],)))
         else:
-            dtype = layer.fresh[part].dtype if part in layer.fresh else layer.weights[0].dtype
-            outputs.append(Output(name, dtype, tuple(tensor.shape), None, index, part))
+            dtype = layer.fresh[part].dtype if part in layer.fresh else layer.sources[0].weights[0].dtype
+            outputs.append(Output(name, dtype, tuple(tensor.shape), (), index, part))
     return outputs
 
 

@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 #: Largest relative logit difference that rounding explains, per dtype of the weights.
 #: Routers compute in float32 whatever the weights are, so float64 gets no finer than that.
 TOLERANCES: dict[torch.dtype, float] = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2}
 _TOLERANCE_BFLOAT16 = 1e-1
+
+#: What models with a tokenizer are compared on, unless a text is given.
+PROOF_TEXT = (
+    "The ferry left the harbour a little after six, when the lamps along the quay were still lit. Forty people stood "
+    "at the rail and watched the town grow small. 'We should be across by nine,' the captain said, 'if the wind stays "
+    "where it is.' It did not. By eight the sea was grey and steep, and the engineer had closed two of the three "
+    "hatches. To compute the distance from speed and time, multiply them: at 12 knots for 2.5 hours a ship covers 30 "
+    "nautical miles, about 56 kilometres. In Python that is `distance = speed * hours`; nothing has to be imported."
+)
+_MOST_TOKENS = 512
+_LEAST_WORDS = 16
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
@@ -72,29 +84,64 @@ def prove_identity(
             For models of images, pixel values [B, C, height, width]; None takes 2 random images.
         tokenizer: needed for text.
 
+    Either model may be offloaded by accelerate, to the disk too.
+
     Raises:
         ValueError: when text comes without a tokenizer, or ids or pixel values have the wrong shape.
     """
-    images = dense.main_input_name == "pixel_values"
-    ids, mask = _images(dense, inputs) if images else tokens_of(dense, inputs, tokenizer)
-    with evaluating(dense), evaluating(sparse), torch.no_grad():
-        ours, theirs = (_logits(model, ids, mask) for model in (sparse, dense))
-    if images or theirs.ndim != 3:
-        ours_loss = theirs_loss = float("nan")
-    else:
-        predicts = _predicts_tokens(dense)
-        ours_loss, theirs_loss = (
-            _next_token_loss(logits, ids, mask) if predicts else float("nan") for logits in (ours, theirs)
-        )
-        ours, theirs = ours[mask.bool()], theirs[mask.bool()]
+    ids, mask = inputs_of(dense, inputs, tokenizer)
+    return compared(outputs_of(dense, ids, mask), outputs_of(sparse, ids, mask), ids, mask)
+
+
+class Outputs(NamedTuple):
+    """What a model makes of a proof's inputs.
+
+    Attributes:
+        logits: float32 on the CPU, [B, S, vocabulary], of a classifier [B, labels], of a base model [B, S, H].
+        predicts_tokens: whether they are those of the next token.
+        dtype: of the weights.
+    """
+
+    logits: Tensor
+    predicts_tokens: bool
+    dtype: torch.dtype
+
+
+def inputs_of(
+    model: PreTrainedModel, inputs: str | Sequence[str] | Tensor | None, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[Tensor, Tensor]:
+    """Inputs and mask of a proof: token ids and attention mask [B, S], or pixel values [B, C, height, width], ones [B].
+
+    Args:
+        inputs, tokenizer: as for `prove_identity`.
+    """
+    images = model.main_input_name == "pixel_values"
+    return _images(model, inputs) if images else tokens_of(model, inputs, tokenizer)
+
+
+def outputs_of(model: PreTrainedModel, inputs: Tensor, mask: Tensor) -> Outputs:
+    """Run one model on the inputs of a proof, in evaluation mode."""
+    with evaluating(model), torch.no_grad():
+        logits = _logits(model, inputs, mask)
+    return Outputs(logits, logits.ndim == 3 and _predicts_tokens(model), next(model.parameters()).dtype)
+
+
+def compared(dense: Outputs, sparse: Outputs, inputs: Tensor, mask: Tensor) -> IdentityProof:
+    """The proof that two models' outputs on the same inputs are."""
+    images = inputs.is_floating_point()
+    theirs, ours = dense.logits, sparse.logits
+    theirs_loss = ours_loss = float("nan")
+    if dense.predicts_tokens:
+        theirs_loss, ours_loss = (_next_token_loss(logits, inputs, mask) for logits in (theirs, ours))
+    if theirs.ndim == 3 and not images:
+        theirs, ours = theirs[mask.bool()], ours[mask.bool()]
     difference = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    dtype = next(dense.parameters()).dtype
     return IdentityProof(
         max_relative_difference=difference.item(),
         dense_loss=theirs_loss,
         sparse_loss=ours_loss,
         num_tokens=int(mask.sum()),
-        tolerance=tolerance_of(dtype),
+        tolerance=tolerance_of(dense.dtype),
         unit="images" if images else "tokens",
     )
 
@@ -105,17 +152,63 @@ def _predicts_tokens(model: PreTrainedModel) -> bool:
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits in float32 on the CPU: [B, S, vocabulary], of a classifier [B, labels]; of a base model [B, S, H]."""
+    """`Outputs.logits`."""
+    device = input_device(model)
     if model.main_input_name == "pixel_values":
-        output = model(pixel_values=ids.to(model.device, model.dtype))
+        output = model(pixel_values=ids.to(device, model.dtype))
         return output[0].float().cpu()
     batches = [(ids, mask)]
     classifier = type(model).__name__.endswith("ForSequenceClassification")
     if classifier and model.config.get_text_config().pad_token_id is None:
         # Transformers then cannot tell where a sequence ends, and takes only one at a time, without padding.
         batches = [(row[None, real], real[None, real].to(mask)) for row, real in zip(ids, mask.bool(), strict=True)]
-    outputs = [model(input_ids=i.to(model.device), attention_mask=m.to(model.device)) for i, m in batches]
+    outputs = [model(input_ids=i.to(device), attention_mask=m.to(device)) for i, m in batches]
     return torch.cat([output[0] for output in outputs]).float().cpu()
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its inputs: of one that is offloaded, hooks bring them to where they are needed."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+def proof_tokens(source: str | Path, model: PreTrainedModel, text: str | None = None) -> Tensor | None:
+    """Tokens to compare a checkpoint's models on: as many as the model has positions and at most 512, int64 [1, S].
+
+    Args:
+        source: folder or name of the checkpoint, whose tokenizer is taken.
+        model: its model.
+        text: what to compare on; None takes `PROOF_TEXT`, or gives None if that is not to be had in the model's tokens.
+
+    Raises:
+        ValueError: when there is a text but no tokenizer for it, or it gives less than two tokens, or unknown ones.
+    """
+    if model.main_input_name != "input_ids" and text is None:
+        return None
+    tokenizer = _tokenizer_of(source)
+    if tokenizer is None:
+        if text is not None:
+            raise ValueError(
+                f"proof_text: needs a tokenizer, and {source} has none; leave it out to take random tokens"
+            )
+        return None
+    config = model.config.get_text_config()
+    most = min(_MOST_TOKENS, getattr(config, "max_position_embeddings", None) or _MOST_TOKENS)
+    ids = tokenizer(PROOF_TEXT if text is None else text, return_tensors="pt")["input_ids"][:, :most].long()
+    if ids.shape[1] > 1 and int(ids.max()) < config.vocab_size:
+        return ids
+    if text is not None:
+        raise ValueError(f"proof_text: must be two or more tokens below {config.vocab_size}, got {ids.tolist()}")
+    return None
+
+
+def _tokenizer_of(source: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a checkpoint, if there is one that knows words."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError):
+        return None
+    # Where its files are missing, the host makes an empty tokenizer of some families, without a word.
+    return tokenizer if len(set(tokenizer(PROOF_TEXT)["input_ids"])) >= _LEAST_WORDS else None
 
 
 def _images(model: PreTrainedModel, inputs: Any) -> tuple[Tensor, Tensor]:

@@ -45,13 +45,10 @@ class LayerTensors(NamedTuple):
         experts: weights of all E experts, each with a leading E.
         shared: weights of the FFN that every token passes, without a leading E; None where the config has none, or
             where it should start as one that adds nothing.
-        router: int64 [E], for each expert the number of the router row that it gets, so that experts with the same
-            number share one; None gives each expert its own.
     """
 
     experts: FFNTensors
     shared: FFNTensors | None = None
-    router: Tensor | None = None
 
 
 def read_ffn(ffn: FFNLocation) -> FFNTensors:
@@ -175,8 +172,9 @@ def granular(
 ) -> LayerTensors:
     """Virtual groups: E / G copies of the FFN, each cut into G experts of width I / G (He et al. 2024).
 
-    Expert i holds shard i mod G of copy i // G, and the shards of a copy share one router row. Their logits are equal,
-    so the K best experts are K / G whole copies, and the experts' order keeps copies together when rows are equal too.
+    Expert i holds shard i mod G of copy i // G, and the shards of a copy share one router row (`router_rows`). Their
+    logits are equal, so the K best experts are K / G whole copies, and the experts' order keeps copies together when
+    rows are equal too.
     A factor s makes up for what a shard weighs in the sum:
 
     - `"post_softmax"`, for weights that sum to 1 (`norm_topk_prob=True`): s = G. Exact whatever the rows.
@@ -203,9 +201,7 @@ def granular(
     if spread != 1:
         shards = shards._replace(w_in=shards.w_in * factor, b_in=None if shards.b_in is None else shards.b_in * factor)
     copies = num_experts // granularity
-    experts = _each(shards, lambda tensor: tensor.repeat(copies, *(1,) * (tensor.ndim - 1)))
-    first = torch.arange(num_experts) // granularity * granularity
-    return LayerTensors(experts, router=first)
+    return LayerTensors(_each(shards, lambda tensor: tensor.repeat(copies, *(1,) * (tensor.ndim - 1))))
 
 
 def shared(
@@ -274,9 +270,13 @@ def merge(
     """
     _checked("rest", rest)
     _check_models(num_experts, len(sources))
-    columns = ([sources[i % len(sources)][field] for i in range(num_experts)] for field in range(len(sources[0])))
-    stacked = (None if column[0] is None else torch.stack(column) for column in columns)  # type: ignore[arg-type]
-    return LayerTensors(FFNTensors(*stacked))  # type: ignore[arg-type]
+    experts = _each(sources[0], lambda tensor: tensor.new_empty(num_experts, *tensor.shape))
+    # Model by model: a source may be read only now, and be gone when the next one is.
+    for number, source in enumerate(sources):
+        for whole, tensor in zip(experts, source, strict=True):
+            if whole is not None and tensor is not None:
+                whole[number :: len(sources)] = tensor
+    return LayerTensors(experts)
 
 
 def if_weights_sum_to_one(options: Mapping[str, Any], config: STMoEConfig) -> bool:
@@ -294,6 +294,11 @@ def none(options: Mapping[str, Any], fields: Mapping[str, Any], width: int) -> d
     return {}
 
 
+def one_row_each(options: Mapping[str, Any], num_experts: int) -> Tensor:
+    """A `router_rows` by which every expert has a router row of its own."""
+    return torch.arange(num_experts)
+
+
 class Recipe(NamedTuple):
     """A row of `RECIPES`.
 
@@ -303,11 +308,14 @@ class Recipe(NamedTuple):
             config; what else happens to keep it, only the proof can say.
         fields: the fields of the mixture's config that follow from the options, the fields given, and the width of
             the dense FFN in neurons; ValueError when these do not go together.
+        router_rows: int64 [E] from the options and E: for each expert the number of the router row that it gets, so
+            that experts with the same number share one.
     """
 
     function: Callable[..., LayerTensors]
     keeps_function: Callable[[Mapping[str, Any], STMoEConfig], bool] = never
     fields: Callable[[Mapping[str, Any], Mapping[str, Any], int], dict[str, Any]] = none
+    router_rows: Callable[[Mapping[str, Any], int], Tensor] = one_row_each
 
     def make(
         self,
@@ -333,6 +341,11 @@ def _fields_of_granular(options: Mapping[str, Any], fields: Mapping[str, Any], w
     return {"moe_intermediate_size": _part_of(width, granularity)}
 
 
+def _rows_of_granular(options: Mapping[str, Any], num_experts: int) -> Tensor:
+    granularity = options.get("granularity", 2)
+    return torch.arange(num_experts) // granularity * granularity
+
+
 def _fields_of_shared(options: Mapping[str, Any], fields: Mapping[str, Any], width: int) -> dict[str, Any]:
     num_shared, copies = _checked("num_shared", options.get("num_shared", 1)), options.get("routed", "copy") == "copy"
     parts = num_shared + (1 if copies else _sizes_given(fields)[0])
@@ -355,7 +368,7 @@ RECIPES: dict[str, Recipe] = {
     "noise": Recipe(noise),
     "drop": Recipe(drop),
     "split": Recipe(split, fields=_fields_of_split),
-    "granular": Recipe(granular, _of_whole_groups, _fields_of_granular),
+    "granular": Recipe(granular, _of_whole_groups, _fields_of_granular, _rows_of_granular),
     "shared": Recipe(shared, _of_shared_and_copies, _fields_of_shared),
     "merge": Recipe(merge),
 }

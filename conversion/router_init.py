@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from st_moe.conversion.partition import balanced_kmeans
-from st_moe.conversion.proof import evaluating, tokens_of
+from st_moe.conversion.proof import evaluating, input_device, tokens_of
+from st_moe.modeling.ffn import FFNLocation
 from st_moe.modeling.modeling_st_moe import STMoEPreTrainedModel
+from st_moe.modeling.routing import Router
 from st_moe.modeling.sparse_block import SparseBlock
 
 #: A text, several texts, or token ids int64 [B, S].
@@ -92,6 +94,25 @@ ROUTER_INITS: dict[str, RouterInit] = {
 }
 
 
+class RouterStart(NamedTuple):
+    """How the routers of a mixture start: the arguments of `upcycle`, checked by `check_router_init`.
+
+    Attributes:
+        init, options: a key of `ROUTER_INITS` and its options.
+        texts, tokenizer: what ways that read text read.
+    """
+
+    init: str = "normal"
+    options: Mapping[str, Any] = {}
+    texts: Sequence[Text] | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def is_own_rule(self) -> bool:
+        """Whether routers are left as they draw themselves."""
+        return self.init == "normal" and not self.options
+
+
 def check_router_init(name: str, options: Mapping[str, Any], texts: Sequence[Text] | None) -> RouterInit:
     """The way of that name, if it takes these options and has the text that it needs.
 
@@ -129,8 +150,7 @@ def initialise_routers(
 ) -> None:
     """Give every router of a mixture new rows, in place.
 
-    Ways that read text run the model, as it is, in evaluation mode, and take what reaches each router. All of that is
-    kept until the end: tokens times H numbers per sparse layer.
+    Ways that read text run the model, as it is, in evaluation mode, and take what reaches each router.
 
     Args:
         model: a mixture whose routers have one row per expert.
@@ -138,32 +158,57 @@ def initialise_routers(
         texts: for `"prompts"` one entry per expert, for `"cluster"` any; an entry is a text, some texts, or ids [B, S].
         tokenizer: needed for text.
         seed: of what is random; every layer has its own stream.
-        shared_rows: per sparse layer, `LayerTensors.router`: experts with the same number share a row.
+        shared_rows: per sparse layer, int64 [E]: experts with the same number share a row; None gives each its own.
         options: of the way.
 
     Raises:
         ValueError: when an argument is at fault, or the model has no such routers or no weights.
     """
-    way = check_router_init(init, options, texts)
-    blocks = [module for module in model.modules() if isinstance(module, SparseBlock)]
-    for block in blocks:
-        weight = getattr(block.gate, "weight", None)
-        if weight is None or len(weight) != block.gate.num_experts:
-            raise ValueError(
-                f"router_init: {init!r} needs a router with one row per expert, and router_type "
-                f"{model.config.router_type!r} has none"
-            )
-    seen = _inputs_of_all(model, blocks, texts or (), tokenizer)
-    for number, (block, index) in enumerate(zip(blocks, model.config.sparse_layer_indices, strict=True)):
-        weight = block.gate.weight
-        shared = None if shared_rows is None else shared_rows[number]
-        shared = torch.arange(len(weight)) if shared is None else shared
-        different, row_of = shared.unique(return_inverse=True)
-        # Not the stream that drew the experts.
-        generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + index)
-        rows = way.function(len(different), weight.shape[1], generator, seen[number], **options)
-        with torch.no_grad():
-            weight.copy_(rows[row_of])
+    check_router_init(init, options, texts)
+    gates = [module.gate for module in model.modules() if isinstance(module, SparseBlock)]
+    for gate in gates:
+        check_rows(gate, init)
+    seen = inputs_of_modules(model, gates, texts or (), tokenizer)
+    shared = [None] * len(gates) if shared_rows is None else shared_rows
+    for gate, inputs, rows, index in zip(gates, seen, shared, model.config.sparse_layer_indices, strict=True):
+        rows = torch.arange(gate.num_experts) if rows is None else rows
+        start_router(gate, init, inputs, rows, seed, index, options)
+
+
+def check_rows(gate: Router, init: str) -> None:
+    """Refuse a router without one row per expert.
+
+    Raises:
+        ValueError: naming the router.
+    """
+    weight = getattr(gate, "weight", None)
+    if weight is None or len(weight) != gate.num_experts:
+        raise ValueError(
+            f"router_init: {init!r} needs a router with one row per expert, and {type(gate).__name__} has none; choose "
+            "another router_type"
+        )
+
+
+@torch.no_grad()
+def start_router(
+    gate: Router, init: str, inputs: Sequence[RouterInputs], rows: Tensor, seed: int, layer: int, options: Any
+) -> None:
+    """Give one router new rows, in place.
+
+    Args:
+        gate: with one row per expert.
+        init, options: the way and its options, both checked.
+        inputs: what the router sees, per set of texts.
+        rows: int64 [E]; experts with the same number share a row.
+        seed: of what is random.
+        layer: index of the decoder layer; every layer has its own stream.
+    """
+    different, row_of = rows.unique(return_inverse=True)
+    # Not the stream that drew the experts.
+    generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + layer)
+    weight: Any = gate.weight
+    drawn = ROUTER_INITS[init].function(len(different), weight.shape[1], generator, inputs, **options)
+    weight.copy_(drawn[row_of])
 
 
 def router_inputs(
@@ -179,44 +224,61 @@ def router_inputs(
     Raises:
         ValueError: when text comes without a tokenizer, ids have the wrong shape, or the model has no weights.
     """
-    blocks = [module for module in model.modules() if isinstance(module, SparseBlock)]
-    return [sets[0] for sets in _inputs_of_all(model, blocks, [inputs], tokenizer)]
+    gates = [module.gate for module in model.modules() if isinstance(module, SparseBlock)]
+    return [sets[0] for sets in inputs_of_modules(model, gates, [inputs], tokenizer)]
 
 
-def _inputs_of_all(
-    model: STMoEPreTrainedModel,
-    blocks: Sequence[SparseBlock],
+def inputs_of_ffns(
+    dense: PreTrainedModel,
+    ffns: Sequence[FFNLocation],
     texts: Sequence[Text],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> list[list[RouterInputs]]:
-    """Per sparse layer, per set of texts, per text: float32 [n, H]."""
-    seen: list[list[RouterInputs]] = [[] for _ in blocks]
-    if texts and model.device.type == "meta":
-        raise ValueError("model: must have weights to start its routers from text, got one on the meta device")
+    """As `inputs_of_modules`, for the routers that will stand where these FFNs of a dense model stand."""
+    entries = [ffn.module if ffn.rule == "module" else ffn.linears()[0] for ffn in ffns]
+    return inputs_of_modules(dense, entries, texts, tokenizer)
+
+
+def inputs_of_modules(
+    model: PreTrainedModel,
+    modules: Sequence[nn.Module],
+    texts: Sequence[Text],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> list[list[RouterInputs]]:
+    """What reaches each module: per module, per set of texts, per text, float32 [n, H] on the CPU.
+
+    All of it is kept: tokens times H numbers per module.
+
+    Raises:
+        ValueError: when text comes without a tokenizer, ids have the wrong shape, or the model has no weights.
+    """
+    seen: list[list[RouterInputs]] = [[] for _ in modules]
+    if texts and model.device.type == "meta" and not hasattr(model, "hf_device_map"):
+        raise ValueError("model: must have weights to start routers from text, got one on the meta device")
     for text in texts:
         for layer in seen:
             layer.append([])
         # One at a time: where padding stands on the left, some families give the text behind it other positions.
         for one in [text] if isinstance(text, str | Tensor) else text:
             ids, mask = tokens_of(model, one, tokenizer)
-            with _catching(blocks) as caught, evaluating(model), torch.no_grad():
-                model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
-            for layer, block in zip(seen, blocks, strict=True):
+            with _catching(modules) as caught, evaluating(model), torch.no_grad():
+                model(input_ids=ids.to(input_device(model)), attention_mask=mask.to(input_device(model)))
+            for layer, module in zip(seen, modules, strict=True):
                 # A layer that is run several times sees the text as often.
-                calls = torch.stack([hidden.view(*ids.shape, -1) for hidden in caught[block.gate]], dim=1)
+                calls = torch.stack([hidden.view(*ids.shape, -1) for hidden in caught[module]], dim=1)
                 layer[-1].extend(sequence.flatten(0, 1) for sequence in calls)
     return seen
 
 
 @contextmanager
-def _catching(blocks: Sequence[SparseBlock]) -> Iterator[dict[nn.Module, list[Tensor]]]:
-    """What reaches each router meanwhile, call by call."""
-    caught: dict[nn.Module, list[Tensor]] = {block.gate: [] for block in blocks}
+def _catching(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, list[Tensor]]]:
+    """What reaches each module meanwhile, call by call."""
+    caught: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
 
-    def catch(router: nn.Module, arguments: tuple[Any, ...]) -> None:
-        caught[router].append(arguments[0].float().cpu())
+    def catch(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        caught[module].append(arguments[0].float().cpu())
 
-    hooks = [router.register_forward_pre_hook(catch) for router in caught]
+    hooks = [module.register_forward_pre_hook(catch) for module in caught]
     try:
         yield caught
     finally:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ from st_moe.conversion.tensor_files import (
     DTYPES,
     StoredTensor,
     bytes_of,
-    chunks_of,
     count_non_finite,
+    mean_chunks_of,
     num_bytes,
     read_into,
 )
@@ -39,7 +39,7 @@ class Output(NamedTuple):
     Attributes:
         name: as in the result's files.
         dtype, shape: as in safetensors.
-        stored: where its bytes are copied from; None if it is made.
+        stored: where its bytes are copied from; several are averaged; none if it is made.
         layer: index of the decoder layer whose block it is made for; -1 if it is copied.
         part: its name in the sparse block.
     """
@@ -47,7 +47,7 @@ class Output(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
-    stored: StoredTensor | None = None
+    stored: tuple[StoredTensor, ...] = ()
     layer: int = -1
     part: str = ""
 
@@ -65,28 +65,32 @@ class Shard(NamedTuple):
         return len(self.header) + sum(num_bytes(output.dtype, output.shape) for output in self.outputs)
 
 
+class StoredFFN(NamedTuple):
+    """A dense FFN in a file: its projections, out last; no biases if it has none."""
+
+    weights: tuple[StoredTensor, ...]
+    biases: tuple[StoredTensor, ...]
+
+
 @dataclass(frozen=True)
 class SparseLayer:
     """What one sparse block is made from.
 
     Attributes:
         num_experts, num_experts_per_tok: E and K.
-        weights, biases: the dense FFN's projections, out last; no biases if it has none.
+        sources: the dense FFN of each source model.
         transposed: whether the weights are stored as [in, out] (Conv1D).
         in_name: name of the experts' first parameter.
         fresh: the parts that no recipe makes, ready in a file.
-        router_rows: those of them that may have one row per expert.
         generator: state of the layer's generator when the recipe gets it, in hexadecimal.
     """
 
     num_experts: int
     num_experts_per_tok: int
-    weights: tuple[StoredTensor, ...]
-    biases: tuple[StoredTensor, ...]
+    sources: tuple[StoredFFN, ...]
     transposed: bool
     in_name: str
     fresh: Mapping[str, StoredTensor]
-    router_rows: tuple[str, ...]
     generator: str
 
 
@@ -95,21 +99,23 @@ class Plan:
     """Everything about a conversion that is known before anything is written.
 
     Attributes:
-        source: the checkpoint's folder.
+        sources: the checkpoint's folder; of models that are merged, all of theirs.
         recipe, options: how experts are made.
         shards: the files of weights.
         layers: the sparse blocks by layer index.
+        fresh: SHA-256 of the parts that no recipe makes.
         texts: other files that follow from the config, by name.
         files: size and time of change (ns) of every file that is read.
         facts: what the model card and the printed plan say.
         in_memory: why the checkpoint cannot be streamed; empty if it can.
     """
 
-    source: str
+    sources: tuple[str, ...]
     recipe: str
     options: Mapping[str, Any]
     shards: tuple[Shard, ...] = ()
     layers: Mapping[int, SparseLayer] = field(default_factory=dict)
+    fresh: str = ""
     texts: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -269,12 +275,12 @@ def _data(shard: Shard, maker: _LayerMaker) -> Iterator[Any]:
     """The bytes of a file, piece by piece."""
     yield shard.header
     for output in shard.outputs:
-        if output.stored is not None:
+        if output.stored:
             bad = 0
-            for chunk in chunks_of(output.stored):
-                bad += count_non_finite(chunk, output.stored.dtype)
+            for chunk in mean_chunks_of(output.stored):
+                bad += count_non_finite(chunk, output.dtype)
                 yield chunk
-            maker.note(output.stored, bad)
+            maker.note(output.stored[0], bad)
             continue
         tensor = maker.part(output)
         # Expert by expert, so that a part that is no plain memory is copied in pieces only.
@@ -282,6 +288,25 @@ def _data(shard: Shard, maker: _LayerMaker) -> Iterator[Any]:
             yield bytes_of(piece.contiguous())
         # A last view would keep a layer's memory while the next one is made.
         del tensor, piece
+
+
+class _Sources(Sequence[FFNTensors]):
+    """FFNs of one layer of several models, each read when it is asked for; only the last one stays in memory."""
+
+    def __init__(self, read: Callable[[int], FFNTensors], count: int) -> None:
+        self._read, self._count = read, count
+        self._last: tuple[int, FFNTensors] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        if self._last is None or self._last[0] != index:
+            self._last = None  # freed before the next one takes its place
+            self._last = index, self._read(index)
+        return self._last[1]
 
 
 class _LayerMaker:
@@ -323,9 +348,6 @@ class _LayerMaker:
         """Every tensor of one block by its name there."""
         made = self._run_recipe(layer)
         found = {part: self._read([stored]) for part, stored in layer.fresh.items()}
-        if made.router is not None:
-            rows = [part for part in layer.router_rows if len(found[part]) == len(made.router)]
-            found |= {part: found[part][made.router] for part in rows}
         parts = (layer.in_name, "down_proj", f"{layer.in_name}_bias", "down_proj_bias")
         found |= {f"experts.{part}": t for part, t in zip(parts, made.experts, strict=True) if t is not None}
         if made.shared is not None:
@@ -340,14 +362,17 @@ class _LayerMaker:
     def _run_recipe(self, layer: SparseLayer) -> LayerTensors:
         generator = torch.Generator()
         generator.set_state(torch.frombuffer(bytearray.fromhex(layer.generator), dtype=torch.uint8))
-        weights = (layer.weights[:-1], layer.weights[-1:])
-        w_in, w_out = (self._read(stored, layer.transposed, count=True) for stored in weights)
-        b_in = b_out = None
-        if layer.biases:
-            b_in, b_out = (self._read(stored, count=True) for stored in (layer.biases[:-1], layer.biases[-1:]))
         recipe, options = RECIPES[self.plan.recipe], self.plan.options
-        sources = [FFNTensors(w_in, w_out, b_in, b_out)]
+        sources = _Sources(lambda index: self._read_ffn(layer.sources[index], layer.transposed), len(layer.sources))
         return recipe.make(sources, layer.num_experts, layer.num_experts_per_tok, generator, options)
+
+    def _read_ffn(self, ffn: StoredFFN, transposed: bool) -> FFNTensors:
+        weights = (ffn.weights[:-1], ffn.weights[-1:])
+        w_in, w_out = (self._read(stored, transposed, count=True) for stored in weights)
+        if not ffn.biases:
+            return FFNTensors(w_in, w_out)
+        b_in, b_out = (self._read(stored, count=True) for stored in (ffn.biases[:-1], ffn.biases[-1:]))
+        return FFNTensors(w_in, w_out, b_in, b_out)
 
     def _read(
         self, stored: list[StoredTensor] | tuple[StoredTensor, ...], transposed: bool = False, count: bool = False

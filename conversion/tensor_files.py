@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,26 +141,45 @@ def _stored(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
     return StoredTensor(name, str(path), dtype, tuple(shape), start + offsets[0])
 
 
-def chunks_of(tensor: StoredTensor) -> Iterator[bytearray | memoryview]:
-    """A tensor's bytes in pieces of a few megabytes; a piece is valid until the next one is asked for.
+def chunks_of(tensor: StoredTensor) -> Iterator[memoryview]:
+    """A tensor's bytes in pieces of a megabyte; a piece is valid until the next one is asked for.
 
     Raises:
         ValueError: when the file has become shorter.
     """
-    buffer = bytearray(min(_CHUNK, tensor.num_bytes))
-    left = tensor.num_bytes
+    buffer = memoryview(bytearray(min(_CHUNK, tensor.num_bytes)))
     with open(tensor.path, "rb", buffering=0) as file:
         file.seek(tensor.offset)
-        while left:
-            count = file.readinto(memoryview(buffer)[: min(len(buffer), left)])
-            if not count:
-                raise ValueError(f"source: {tensor.path} has become shorter while it was read; run the command again")
-            # A read may end early, but elements must stay whole.
-            whole = count - count % DTYPES[tensor.dtype].itemsize
-            if whole < count:
-                file.seek(whole - count, os.SEEK_CUR)
-            left -= whole
-            yield memoryview(buffer)[:whole]
+        for start in range(0, tensor.num_bytes, _CHUNK):
+            piece = buffer[: tensor.num_bytes - start]
+            filled = 0
+            while filled < len(piece):  # a read may end early
+                count = file.readinto(piece[filled:])
+                if not count:
+                    raise ValueError(
+                        f"source: {tensor.path} has become shorter while it was read; run the command again"
+                    )
+                filled += count
+            yield piece
+
+
+def mean_chunks_of(tensors: Sequence[StoredTensor]) -> Iterator[memoryview]:
+    """As `chunks_of`, of the mean of tensors of one dtype and shape; see `mean_of`."""
+    if len(tensors) == 1:
+        yield from chunks_of(tensors[0])
+        return
+    dtype = DTYPES[tensors[0].dtype]
+    for chunks in zip(*map(chunks_of, tensors), strict=True):
+        yield bytes_of(mean_of([torch.frombuffer(chunk, dtype=dtype) for chunk in chunks])).data
+
+
+def mean_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The mean of tensors of one dtype and shape, taken in float32 or wider, in their dtype."""
+    first = tensors[0]
+    total = first.to(torch.promote_types(first.dtype, torch.float32))
+    for tensor in tensors[1:]:
+        total = total + tensor.to(total)
+    return (total / len(tensors)).to(first.dtype)
 
 
 def read_into(target: Tensor, tensor: StoredTensor) -> None:

@@ -16,9 +16,16 @@ from transformers.utils import logging
 from st_moe.configuration import STMoEConfig
 from st_moe.conversion.checkpoint import check_checkpoint, dense_config
 from st_moe.conversion.merge import check_compatible, merged
-from st_moe.conversion.proof import IdentityProof, prove_identity
+from st_moe.conversion.proof import IdentityProof, proof_tokens, prove_identity
 from st_moe.conversion.recipes import RECIPES, FFNTensors, Recipe, read_ffn, try_recipe
-from st_moe.conversion.router_init import Text, check_router_init, initialise_routers
+from st_moe.conversion.router_init import (
+    RouterStart,
+    Text,
+    check_router_init,
+    check_rows,
+    inputs_of_ffns,
+    start_router,
+)
 from st_moe.modeling import STMoEModel, family_of, locate_ffns
 from st_moe.modeling.experts import ModuleExperts
 from st_moe.modeling.families import KINDS, dense_auto_class
@@ -64,11 +71,12 @@ def upcycle(
         recipe_options: the recipe's own options, such as `{"ratio": 0.5}` for `"drop"`.
         router_std: standard deviation of the routers' initial weights, where they draw any.
         router_init, router_options, router_texts: how the routers start, see `initialise_routers`; `"normal"` without
-            options leaves them to their own rule.
+            options leaves them to their own rule. Text is run through the dense model, of several the first.
         tokenizer: for texts.
         seed: of everything random.
         verify: whether to run both models and compare them.
-        proof_inputs: text or token ids [B, S] to compare them on; None takes random ids.
+        proof_inputs: text or token ids [B, S] to compare them on; None takes a text of this package in the tokens of
+            the folder or name `dense`, and random ids where that is none or has no tokenizer.
         require_identity: largest relative logit difference that is accepted; None accepts any where none is promised.
         mixture_fields: fields of `STMoEConfig`, such as `num_experts` and `num_experts_per_tok`.
 
@@ -99,24 +107,17 @@ def upcycle(
     with torch.device("meta"):
         sparse = model_class(config)
     _take_over(sparse, models, options.get("rest", "average"), share=owned and len(models) == 1)
-    shared_rows = _fill_blocks(sparse, models, chosen, options, router_std, seed)
+    start = RouterStart(router_init, router_options or {}, router_texts, tokenizer)
+    _fill_blocks(sparse, models, chosen, options, router_std, seed, start)
     sparse.config.dtype = model.config.dtype
     sparse.tie_weights()
     if model.can_generate():
         sparse.generation_config = copy.deepcopy(model.generation_config)
     sparse.eval()
-    if router_init != "normal" or router_options:
-        initialise_routers(
-            sparse,
-            router_init,
-            texts=router_texts,
-            tokenizer=tokenizer,
-            seed=seed,
-            shared_rows=shared_rows,
-            **(router_options or {}),
-        )
     if verify:
         exact = chosen.keeps_function(options, config)
+        if proof_inputs is None and isinstance(dense, str | Path):
+            proof_inputs = proof_tokens(dense, model)
         sparse.identity_proof = _verified(model, sparse, exact, proof_inputs, tokenizer, require_identity)
     return sparse
 
@@ -146,36 +147,47 @@ def _fill_blocks(
     options: Mapping[str, Any],
     router_std: float,
     seed: int,
-) -> list[Tensor | None]:
-    """Give every sparse block its weights; returns which experts share router rows, layer by layer."""
+    start: RouterStart,
+) -> None:
+    """Give every sparse block its weights; routers that start from text see what the first model's FFNs see."""
     config: Any = sparse.config
     located = [locate_ffns(model) for model in models]
     blocks = [(name, module) for name, module in sparse.named_modules() if isinstance(module, SparseBlock)]
-    shared_rows: list[Tensor | None] = []
-    for (name, block), index in zip(blocks, config.sparse_layer_indices, strict=True):
+    if not start.is_own_rule:
+        for _, block in blocks:
+            check_rows(block.gate, start.init)
+    places = [located[0][index] for index in config.sparse_layer_indices]
+    seen = inputs_of_ffns(models[0], places, start.texts or (), start.tokenizer)
+    for (name, block), index, inputs in zip(blocks, config.sparse_layer_indices, seen, strict=True):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
         ffns = [locations[index] for locations in located]
         if isinstance(block.experts, ModuleExperts):
             for number in range(len(block.experts)):
                 block.experts[number] = copy.deepcopy(ffns[0].module)
             fill_router(block.gate, next(ffns[0].module.parameters()), router_std, generator)
-            shared_rows.append(None)
         else:
-            sources = [read_ffn(ffn) for ffn in ffns]
-            shared_rows.append(fill_block(block, sources, recipe, options, router_std, generator))
+            fill_block(block, [read_ffn(ffn) for ffn in ffns], recipe, options, router_std, generator)
+        if not start.is_own_rule:
+            rows = recipe.router_rows(options, block.gate.num_experts)
+            start_router(block.gate, start.init, inputs, rows, seed, index, start.options)
         logger.info(f"{name}: {ffns[0].describe()}")
-    return shared_rows
 
 
-def load_dense(source: str | Path) -> PreTrainedModel:
+def load_dense(source: str | Path, offload: str | Path | None = None) -> PreTrainedModel:
     """Load a dense model in its own dtype, from safetensors only and without remote code.
+
+    Args:
+        source: folder, or name on the Hub.
+        offload: folder for what has to be computed from the files; with one, weights stay on the disk and are read
+            module by module in every forward pass.
 
     Raises:
         ValueError: when the folder or its files are not a dense checkpoint in safetensors.
     """
     check_checkpoint(source)
     auto = dense_auto_class(dense_config(source))
-    loaded: Any = auto.from_pretrained(source, dtype="auto", use_safetensors=True, output_loading_info=True)
+    place = {} if offload is None else {"device_map": {"": "disk"}, "offload_folder": offload}
+    loaded: Any = auto.from_pretrained(source, dtype="auto", use_safetensors=True, output_loading_info=True, **place)
     model, found = loaded
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(key) for key in found.get(fault) or ())
@@ -297,7 +309,7 @@ def fill_block(
     options: Mapping[str, Any],
     router_std: float,
     generator: torch.Generator,
-) -> Tensor | None:
+) -> None:
     """Give one sparse block its weights: experts by the recipe, a random router, extra FFNs that add nothing.
 
     Args:
@@ -306,13 +318,11 @@ def fill_block(
         recipe, options: how experts are made.
         router_std: standard deviation of the router's weights.
         generator: of this layer.
-
-    Returns:
-        Which experts share router rows, `LayerTensors.router`.
     """
     like = sources[0].w_in
     experts: Any = block.experts
     fill_router(block.gate, like, router_std, generator)
+    _share_rows(block.gate, recipe.router_rows(options, experts.num_experts))
     for extra in (block.shared_experts, block.ffn_before, block.ffn_after):
         if extra is not None:
             _fill_extra(extra, like, block.initializer_range, generator)
@@ -327,18 +337,15 @@ def fill_block(
             setattr(experts, name, nn.Parameter(tensor))
     if experts.multiplicative_bias is not None:
         experts.multiplicative_bias = nn.Parameter(like.new_ones(experts.multiplicative_bias.shape))
-    if made.router is not None:
-        _share_rows(block.gate, made.router)
     if block.shared_experts is not None and made.shared is not None:
         _fill_shared(block.shared_experts, made.shared)
-    return made.router
 
 
 @torch.no_grad()
 def _share_rows(router: Router, rows: Tensor) -> None:
     """Give each expert the router row of that number, in every parameter that has one row per expert."""
     for parameter in router.parameters(recurse=False):
-        if len(parameter) == len(rows):
+        if parameter.ndim and len(parameter) == len(rows):
             parameter.copy_(parameter[rows.to(parameter.device)])
 
 

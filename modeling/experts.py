@@ -201,7 +201,8 @@ def sorted_experts_forward(
         logger.warning_once(
             f"No handwritten derivative for the activation {type(self.act_fn).__name__}: experts run in the plain loop."
         )
-        return self.forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)  # type: ignore[attr-defined]
+        # Not `self.forward`: the host's dispatch has replaced it, and hooks of accelerate may have once more.
+        return STMoEExperts.forward(self, hidden_states, top_k_index, top_k_weights)
     parameters = self.parameters_of_all()
     on_cpu = hidden_states.device.type == "cpu"
     # A graph captured on the CPU may be run with any number of tokens, so it must not depend on there being few.

@@ -57,17 +57,17 @@ def upcycle(
     ] = None,
     router_std: Annotated[float, typer.Option(help="Standard deviation of the routers' weights.")] = 0.02,
     router_init: Annotated[
-        str | None, typer.Option(help="How routers start, if not by their own rule: normal, zeros, prompts or cluster.")
-    ] = None,
+        str, typer.Option(help="How routers start: normal (by their own rule), zeros, prompts or cluster.")
+    ] = "normal",
     router_texts: Annotated[
         Path | None, typer.Option(help="File with one text per line, for routers that start from text.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     verify: Annotated[bool, typer.Option(help="Compare step 0 with the dense model.")] = True,
-    layer_proof: Annotated[
-        bool, typer.Option("--layer-proof", help="Compare layer by layer, even if both models fit into memory.")
-    ] = False,
+    proof_text: Annotated[
+        Path | None, typer.Option(help="File with a text to compare step 0 on; left out, a text of this package.")
+    ] = None,
     require_identity: Annotated[
         float | None, typer.Option(help="Largest relative difference of step 0 that is accepted, e.g. 1e-4.")
     ] = None,
@@ -79,18 +79,15 @@ def upcycle(
     """Turn a dense checkpoint into a mixture of experts, and prove that step 0 computes the same function."""
     from st_moe.conversion.folder import plan_checkpoint, plan_table, upcycle_checkpoint
 
-    routers = {
-        "router_init": router_init,
-        "router_texts": None if router_texts is None else router_texts.read_text(encoding="utf-8").splitlines(),
-    }
     own: dict[str, Any] = {
         "source": [source, *also] if also else source,
         "recipe": recipe,
         "recipe_options": _pairs("--recipe-option", recipe_option),
         "router_std": router_std,
         "seed": seed,
+        "router_init": router_init,
+        "router_texts": None if router_texts is None else router_texts.read_text(encoding="utf-8").splitlines(),
         "max_shard_size": max_shard_size,
-        "in_memory_options": {name: value for name, value in routers.items() if value is not None},
         "num_experts": num_experts,
         "num_experts_per_tok": top_k,
         "sparse_layers": None if sparse_layers is None else _layers(sparse_layers),
@@ -98,9 +95,15 @@ def upcycle(
     if dry_run:
         Console().print(plan_table(plan_checkpoint(**_joined(own, settings)), destination))
         return
-    own |= {"destination": destination, "overwrite": overwrite, "push_to_hub": push_to_hub}
-    own["verify"] = "layers" if verify and layer_proof else verify
-    upcycle_checkpoint(**_joined({**own, "require_identity": require_identity}, settings))
+    own |= {
+        "destination": destination,
+        "overwrite": overwrite,
+        "verify": verify,
+        "proof_text": None if proof_text is None else proof_text.read_text(encoding="utf-8"),
+        "require_identity": require_identity,
+        "push_to_hub": push_to_hub,
+    }
+    upcycle_checkpoint(**_joined(own, settings))
     _say(f"written: {destination}")
 
 

@@ -100,8 +100,9 @@ def test_model_card(dense: Path, tmp_path: Path) -> None:
 
 def test_model_card_of_a_hub_model_links_it() -> None:
     facts = dict.fromkeys(("family", "experts", "choices", "sparse_layers", "layers", "total", "active"), 1)
-    card = folder_module._model_card("org/name", Plan("folder", "copy", {}, facts=facts), 0, None, {"a": 2, "b": 1})
-    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "org/name"
+    plan = Plan(("folder",), "copy", {}, facts=facts)
+    card = folder_module._model_card(["org/name"], plan, 0, None, {"a": 2, "b": 1})
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == ["org/name"]
     assert "not measured" in card
     assert "| NaN or infinite weights of the source | 3 values in 2 tensors: a, b |" in card
 

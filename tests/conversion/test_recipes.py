@@ -347,7 +347,7 @@ def test_split_gives_each_neuron_to_one_expert(gated: bool, bias: bool, partitio
     dense = dense_ffn(gated, bias)
     layer = made("split", dense, partition=partition, rescale=3.0)
     assert layer.shared is None
-    assert layer.router is None
+    assert RECIPES["split"].router_rows({}, E).tolist() == list(range(E))
     neurons = [neurons_of(expert_of(layer.experts, e), dense) for e in range(E)]
     assert sorted(neuron for own in neurons for neuron in own) == list(range(WIDTH))
     for expert, own in enumerate(neurons):
@@ -387,8 +387,8 @@ def test_split_rescales_by_experts_over_choices(choices: int) -> None:
 def test_granular_groups_add_up(gated: bool, bias: bool, granularity: int) -> None:
     dense = dense_ffn(gated, bias)
     layer = made("granular", dense, choices=4, granularity=granularity)
-    assert layer.router is not None
-    assert layer.router.tolist() == [i // granularity * granularity for i in range(E)]
+    rows = RECIPES["granular"].router_rows({"granularity": granularity}, E)
+    assert rows.tolist() == [i // granularity * granularity for i in range(E)]
     assert layer.experts.w_out.shape == (E, H, WIDTH // granularity)
     for expert in range(E):
         shard = range(expert % granularity * (WIDTH // granularity), (expert % granularity + 1) * WIDTH // granularity)

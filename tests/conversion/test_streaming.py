@@ -20,12 +20,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from st_moe import upcycle
 from st_moe.conversion import folder as folder_module
-from st_moe.conversion import streaming, upcycle_checkpoint
+from st_moe.conversion import from_disk, streaming, upcycle_checkpoint
+from st_moe.conversion import plan as plan_module
 from st_moe.conversion.folder import plan_checkpoint, plan_table
-from st_moe.conversion.proof import IdentityProof
+from st_moe.conversion.from_disk import prove_folder
+from st_moe.conversion.proof import PROOF_TEXT, IdentityProof, prove_identity
 from st_moe.conversion.tensor_files import header_of, read_header, read_into
-from st_moe.conversion.verify import LayerProof, prove_layers
-from tests.families import FAMILIES, dense_model, tiny_tokenizer
+from tests.families import FAMILIES, dense_model, perturb, tiny_tokenizer
 
 RECIPES: dict[str, dict[str, Any]] = {
     "noise": {"recipe": "noise", "recipe_options": {"scale": 0.1}},
@@ -167,17 +168,6 @@ def test_what_cannot_be_streamed_is_said(
     assert isinstance(proof, IdentityProof)
     assert proof.holds
     assert "dense: converted in memory, not streamed: its tensor" in caplog.text
-    caplog.clear()
-    dense_model("llama").save_pretrained(tmp_path / "llama")
-    options = {"router_init": "zeros"}
-    upcycle_checkpoint(tmp_path / "llama", tmp_path / "zeros", num_experts=2, in_memory_options=options)
-    assert "converted in memory, not streamed: router_init need the whole model" in caplog.text
-    state = AutoModelForCausalLM.from_pretrained(tmp_path / "zeros").state_dict()
-    assert not any(tensor.any() for name, tensor in state.items() if name.endswith("gate.weight"))
-    caplog.clear()
-    two = [tmp_path / "llama", tmp_path / "llama"]
-    upcycle_checkpoint(two, tmp_path / "merged", recipe="merge", num_experts=2)
-    assert "several models are merged" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------ killed and resumed
@@ -199,7 +189,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None
             if len(events) == number:
                 action()
 
-        for module in (streaming, folder_module):
+        for module in (streaming, folder_module, from_disk):
             monkeypatch.setattr(module, "checkpoint_of_progress", step)
         return events
 
@@ -329,51 +319,109 @@ def test_a_folder_of_someone_else_is_no_workshop(stock: Path, tmp_path: Path) ->
 
 
 @pytest.fixture
-def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too little for both models at once."""
-    monkeypatch.setattr(folder_module, "_available_memory", lambda: 0)
+def proven(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every model that a proof runs, whole or from the disk."""
+    models: list[Any] = []
+    real = from_disk.outputs_of
+
+    def watched(model: Any, *inputs: Any) -> Any:
+        models.append(model)
+        return real(model, *inputs)
+
+    monkeypatch.setattr(from_disk, "outputs_of", watched)
+    return models
 
 
-@pytest.mark.usefixtures("little_memory")
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom", "phi3", "apertus"])
-def test_layers_are_proven_one_by_one(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom", "phi3", "apertus", "cpmant", "mpt", "hrm_text"])
+def test_the_proof_runs_both_models_from_the_disk(
+    family: str, tmp_path: Path, proven: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     dense_model(family).save_pretrained(tmp_path / "dense")
-    proof = upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", num_experts=4, router_type="top_k")
-    assert isinstance(proof, LayerProof)
+    proof = upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", num_experts=4)
+    assert [set(model.hf_device_map.values()) for model in proven] == [{"disk"}, {"disk"}]
+    assert {parameter.device.type for model in proven for parameter in model.parameters()} == {"meta"}
     assert proof.max_relative_difference < 1e-5
-    assert proof.num_layers == 2
+    assert proof.num_tokens == 64
     assert str(proof) in capsys.readouterr().out
     assert str(proof) in (tmp_path / "moe" / "README.md").read_text(encoding="utf-8")
+    dense, moe = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("dense", "moe"))
+    whole = prove_identity(dense, moe)
+    assert proof.sparse_loss == pytest.approx(whole.sparse_loss, rel=1e-6)
+    assert proof.dense_loss == pytest.approx(whole.dense_loss, rel=1e-6)
 
 
-@pytest.mark.usefixtures("little_memory")
-@pytest.mark.parametrize("fault", ["swapped", "zeroed", "nan"])
-def test_a_wrong_expert_fails_the_proof_of_layers(stock: Path, tmp_path: Path, fault: str) -> None:
+@pytest.mark.parametrize("fault", ["swapped", "zeroed", "nan", "norm"])
+def test_a_wrong_tensor_fails_the_proof(stock: Path, tmp_path: Path, fault: str) -> None:
     assert upcycle_checkpoint(stock, tmp_path / "moe", num_experts=2).holds
     path = tmp_path / "moe" / "model.safetensors"
     tensors = load_file(path)
     name = "model.layers.{}.mlp.experts.down_proj"
-    if fault == "swapped":
+    if fault == "norm":
+        tensors["model.norm.weight"] += 0.1
+    elif fault == "swapped":
         tensors[name.format(1)][0] = tensors[name.format(2)][0]
     else:
         tensors[name.format(0)][1] = 0 if fault == "zeroed" else float("nan")
     save_file(tensors, path)
-    proof = prove_layers(plan_checkpoint(stock, num_experts=2), tmp_path / "moe", {"num_experts": 2})
-    assert not proof.holds
+    assert not prove_folder(stock, tmp_path / "moe").holds
+    assert not (tmp_path / "offload").exists()
 
 
-@pytest.mark.usefixtures("little_memory")
-@pytest.mark.parametrize("router_type", ["hash", "expert_choice", "soft"])
-def test_layers_of_other_routers_are_measured(stock: Path, tmp_path: Path, router_type: str) -> None:
-    fields = {"router_type": router_type, "allow_non_causal_routing": True}
-    assert isinstance(upcycle_checkpoint(stock, tmp_path / "moe", num_experts=2, **fields), LayerProof)
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_identity_is_required_before_anything_is_called_done(
-    stock: Path, tmp_path: Path, whole: bool, monkeypatch: pytest.MonkeyPatch
+def test_what_cannot_run_from_the_disk_is_loaded_whole(
+    tmp_path: Path, proven: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(folder_module, "_available_memory", lambda: 10**12 if whole else 0)
+    """Prophetnet's attention reads the tensors of another module."""
+    monkeypatch.setattr(from_disk.logger, "propagate", True)
+    dense_model("prophetnet").save_pretrained(tmp_path / "dense")
+    proof = upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", num_experts=2)
+    assert proof.max_relative_difference < 1e-5
+    assert caplog.text.count("Loaded whole, for it cannot be run module by module from the disk: ") == 2
+    assert [hasattr(model, "hf_device_map") for model in proven] == [True, False, True, False]
+
+
+def test_the_proof_reads_text(stock: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    random = upcycle_checkpoint(stock, tmp_path / "moe", num_experts=2)
+    dense, moe = (AutoModelForCausalLM.from_pretrained(folder) for folder in (stock, tmp_path / "moe"))
+    # As many tokens as the model has positions.
+    assert random.num_tokens == 64
+    assert random.sparse_loss == pytest.approx(
+        prove_identity(dense, moe, tokenizer(PROOF_TEXT, return_tensors="pt")["input_ids"][:, :64]).sparse_loss
+    )
+    given = prove_folder(stock, tmp_path / "moe", "the lazy dog jumps over the fox")
+    assert given.num_tokens == len(tokenizer("the lazy dog jumps over the fox")["input_ids"])
+    assert given.dense_loss != pytest.approx(random.dense_loss, rel=1e-3)
+    with pytest.raises(ValueError, match="proof_text: must be two or more tokens below 96, got"):
+        prove_folder(stock, tmp_path / "moe", "")
+    shutil.copytree(stock, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(ValueError, match=r"proof_text: needs a tokenizer, and .* has none"):
+        prove_folder(tmp_path / "mute", tmp_path / "moe", "the fox")
+    assert prove_folder(tmp_path / "mute", tmp_path / "moe").num_tokens == 64
+    # A tokenizer with more tokens than the model has embeddings is another model's.
+    small = tmp_path / "small"
+    dense_model("llama", vocab_size=60).save_pretrained(small)
+    tokenizer.save_pretrained(small)
+    assert upcycle_checkpoint(small, tmp_path / "other", num_experts=2).num_tokens == 64
+    with pytest.raises(ValueError, match="proof_text: must be two or more tokens below 60"):
+        upcycle_checkpoint(small, tmp_path / "third", num_experts=2, proof_text=PROOF_TEXT)
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_kill_during_the_proof_is_gone_on_from(stock: Path, tmp_path: Path, stop_at: Any) -> None:
+    events = stop_at(0, lambda: None)
+    convert(stock, tmp_path / "straight", verify=True)
+    assert events.count("run") == 2
+    for number in (index + 1 for index, event in enumerate(events) if event == "run"):
+        target = tmp_path / str(number)
+        assert killed(stock, target, stop_at, number, verify=True)
+        assert (tmp_path / f"{number}.partial" / "offload").is_dir()
+        assert not target.exists()
+        stop_at(0, lambda: None)
+        convert(stock, target, verify=True)
+        assert contents(target) == contents(tmp_path / "straight")
+
+
+def test_identity_is_required_before_anything_is_called_done(stock: Path, tmp_path: Path) -> None:
     upcycle_checkpoint(stock, tmp_path / "moe", num_experts=2, require_identity=1e-4)
     before = contents(tmp_path / "moe")
     with pytest.raises(ValueError, match=r"require_identity: must be at most 0\.0001, but step 0.*NOT equal"):
@@ -383,6 +431,102 @@ def test_identity_is_required_before_anything_is_called_done(
     for fields in ({"verify": False, "require_identity": 1.0}, {"require_identity": -1.0}):
         with pytest.raises(ValueError, match="require_identity: must not be negative, and needs verify=True"):
             upcycle_checkpoint(stock, tmp_path / "new", **fields)
+
+
+# ------------------------------------------------------------------------------------------------ several models, text
+
+
+MERGES: dict[str, dict[str, Any]] = {
+    "averaged": {},
+    "the first's rest": {"recipe_options": {"rest": "first"}},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_models_are_merged_as_in_memory(family: str, merge: str, tmp_path: Path) -> None:
+    """Of bfloat16, whose means are rounded, in shards that differ, with one that is stored in old names."""
+    fields = dict(MERGES[merge])
+    ties = {"tie_word_embeddings": fields.pop("tie_word_embeddings")} if "tie_word_embeddings" in fields else {}
+    folders = [tmp_path / str(number) for number in range(3)]
+    for number, folder in enumerate(folders):
+        model = dense_model(family, **ties)
+        perturb(model, std=0.02, seed=number)
+        model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB" if number else "1MB")
+    fields |= {"recipe": "merge", "num_experts": 6}
+    upcycle(folders, verify=False, **fields).save_pretrained(tmp_path / "memory", max_shard_size="40KB")
+    proof = upcycle_checkpoint(folders, tmp_path / "disk", max_shard_size="40KB", **fields)
+    expected, found = contents(tmp_path / "memory"), contents(tmp_path / "disk")
+    assert [name for name in expected if expected[name] != found[name]] == []
+    assert len([name for name in expected if name.endswith(".safetensors")]) > 1
+    assert proof.max_relative_difference > 0
+    assert "upcycled from 0, 1, 2" in found["README.md"].decode()
+
+
+def test_a_killed_merge_goes_on(stock: Path, tmp_path: Path, stop_at: Any) -> None:
+    model = dense_model("llama", num_hidden_layers=3)
+    perturb(model, std=0.02, seed=9)
+    model.save_pretrained(tmp_path / "other")
+    fields = {"recipe": "merge", "num_experts": 4}
+    sources: Any = [stock, tmp_path / "other"]
+    events = stop_at(0, lambda: None)
+    convert(sources, tmp_path / "straight", **fields)
+    assert killed(sources, tmp_path / "moe", stop_at, len(events) // 2, **fields)
+    assert list((tmp_path / "moe.partial" / "model").glob("*.safetensors"))
+    events = stop_at(0, lambda: None)
+    convert(sources, tmp_path / "moe", **fields)
+    assert contents(tmp_path / "moe") == contents(tmp_path / "straight")
+
+
+def test_strangers_are_not_merged(stock: Path, tmp_path: Path) -> None:
+    dense_model("llama", num_hidden_layers=3, intermediate_size=40).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"must be fine-tuned from one model[^$]*intermediate_size is 40, not 48"):
+        convert([stock, tmp_path / "other"], tmp_path / "moe", recipe="merge")  # type: ignore[arg-type]
+    assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize("fields", [{}, {"recipe": "granular", "num_experts_per_tok": 2}], ids=["copy", "granular"])
+@pytest.mark.parametrize("init", ["zeros", "normal", "prompts", "cluster"])
+def test_routers_start_as_in_memory(
+    init: str, fields: dict[str, Any], stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = init in ("prompts", "cluster")
+    texts = ["the quick brown fox", "the lazy dog sleeps on", "jumps over", "and the dog"]
+    fields = fields | {
+        "num_experts": 8 if fields else 4,
+        "router_init": init,
+        "router_options": {"std": 0.3} if init == "normal" else {"scale": 2.0} if reads else {},
+        "router_texts": texts if reads else None,
+    }
+    ran: list[Any] = []
+    real = plan_module.inputs_of_ffns
+
+    def watched(dense: Any, *arguments: Any) -> Any:
+        ran.append(dense.hf_device_map)
+        return real(dense, *arguments)
+
+    monkeypatch.setattr(plan_module, "inputs_of_ffns", watched)
+    dense = stock
+    upcycle(dense, verify=False, tokenizer=tiny_tokenizer(), **fields).save_pretrained(tmp_path / "memory")
+    proof = upcycle_checkpoint(dense, tmp_path / "disk", **fields)
+    assert proof.holds
+    expected, found = contents(tmp_path / "memory"), contents(tmp_path / "disk")
+    assert [name for name in expected if expected[name] != found[name]] == []
+    assert ran == ([{"": "disk"}] if reads else [])
+    # The plan alone runs nothing.
+    assert plan_checkpoint(dense, **fields).num_bytes == plan_checkpoint(dense, **fields | {"router_init": "zeros",
+        "router_texts": None, "router_options": {}}).num_bytes  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [{"router_std": 0.5}, {"router_init": "zeros"}])
+def test_other_routers_are_another_plan(stock: Path, tmp_path: Path, stop_at: Any, change: dict[str, Any]) -> None:
+    assert killed(stock, tmp_path / "moe", stop_at, 40)
+    assert list((tmp_path / "moe.partial" / "model").glob("*.safetensors"))
+    stop_at(0, lambda: None)
+    convert(stock, tmp_path / "moe", **change)
+    convert(stock, tmp_path / "straight", **change)
+    assert contents(tmp_path / "moe") == contents(tmp_path / "straight")
 
 
 # ------------------------------------------------------------------------------------------------ around it
@@ -441,8 +585,6 @@ def test_a_model_of_the_hub(stock: Path, tmp_path: Path, monkeypatch: pytest.Mon
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    from st_moe.conversion import plan as plan_module
-
     real = plan_module.dense_config
     monkeypatch.setattr(plan_module, "dense_config", lambda source: real(stock if source == "org/name" else source))
     convert("org/name", tmp_path / "moe")
@@ -451,7 +593,7 @@ def test_a_model_of_the_hub(stock: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert not any(pattern in ("*", "*.bin", "*.py") for pattern in asked["org/name"])
     expected, found = contents(tmp_path / "straight"), contents(tmp_path / "moe")
     assert [name for name in expected if expected[name] != found[name]] == ["README.md"]
-    assert b"base_model: org/name" in found["README.md"]
+    assert b"base_model: [org/name]" in found["README.md"]
 
 
 def test_tokenizer_files_are_kept_as_they_are(stock: Path, tmp_path: Path) -> None:
@@ -502,7 +644,3 @@ def test_a_recipe_that_makes_something_else_is_refused(
     with pytest.raises(RuntimeError, match=r"recipe 'copy' made .* where the config asks for"):
         upcycle_checkpoint(stock, tmp_path / "moe", num_experts=2)
     assert not (tmp_path / "moe").exists()
-
-
-def test_available_memory_is_a_number() -> None:
-    assert 10**7 < folder_module._available_memory() < 10**15
