@@ -4,7 +4,9 @@ A dense Llama checkpoint of random bfloat16 weights is made on the spot and upcy
 `st-moe upcycle` does it. Memory is the kernel's mark of that process's largest resident set, and of the process that
 makes the plan before. The bar is 300 MB plus one layer's experts. Throughput is output bytes over wall time of the
 whole call, imports of the plan included, which ends with everything on the disk (fsync), beside `cp` of the same bytes
-to the same disk in the same run.
+to the same disk in the same run. A small conversion goes before, so that no row reads the libraries from the disk.
+
+With `--mergekit-moe PATH` a second table has the whole processes `st-moe upcycle` and `mergekit-moe` on the same input.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ VOCABULARY = 32_000
 
 
 def make_dense(folder: Path, hidden: int, width: int, layers: int) -> None:
-    """Write a dense checkpoint, tensor by tensor."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Write a dense checkpoint, tensor by tensor, and a tokenizer of bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from st_moe.conversion.tensor_files import bytes_of, header_of
 
@@ -47,6 +50,10 @@ def make_dense(folder: Path, hidden: int, width: int, layers: int) -> None:
     )
     folder.mkdir()
     config.save_pretrained(folder)
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(letters, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     header, order = header_of({name: ("BF16", shape) for name, shape in shapes.items()})
@@ -60,10 +67,11 @@ def make_dense(folder: Path, hidden: int, width: int, layers: int) -> None:
         os.fsync(file.fileno())
 
 
-def child(source: str, target: str, options: dict[str, Any]) -> None:
+def child(folder: str, target: str, options: dict[str, Any]) -> None:
     """Convert, and print seconds, bytes, one layer's bytes and the peaks of this process and of the planning one."""
     from st_moe.conversion.folder import plan_checkpoint, upcycle_checkpoint
 
+    source: Any = [folder, folder] if options["recipe"] == "merge" else folder
     start = time.perf_counter()
     upcycle_checkpoint(source, target, **options)
     seconds = time.perf_counter() - start
@@ -106,7 +114,7 @@ def measure(place: Path, layers: int, options: argparse.Namespace, recipe: str, 
     wanted = {
         "recipe": recipe,
         "num_experts": options.experts,
-        "verify": "layers" if verify else False,
+        "verify": verify,
         "max_shard_size": options.max_shard_size,
     }
     found = convert(source, target, wanted)
@@ -117,7 +125,7 @@ def measure(place: Path, layers: int, options: argparse.Namespace, recipe: str, 
     peak = max(found["peak"], found["planning"])
     return [
         f"{layers}",
-        recipe + (", layer proof" if verify else ""),
+        recipe + (", with proof" if verify else ""),
         f"{found['bytes'] / 1e9:.2f}",
         f"{found['planning'] / MEGABYTE:.0f}",
         f"{found['peak'] / MEGABYTE:.0f}",
@@ -130,8 +138,53 @@ def measure(place: Path, layers: int, options: argparse.Namespace, recipe: str, 
     ]
 
 
-def main() -> None:
-    """Measure and print one table."""
+def whole_process(name: str, command: list[str], target: Path) -> list[str]:
+    """One row of the second table: a command from start to end, with what it printed if it fails."""
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        output = process.stdout.read() if process.stdout is not None else ""
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}:\n{output}")
+    size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    shutil.rmtree(target)
+    peak = usage.ru_maxrss * 1024
+    return [name, f"{size / 1e9:.2f}", f"{seconds:.1f}", f"{peak / MEGABYTE:.0f}", f"{size / seconds / MEGABYTE:.0f}"]
+
+
+def beside_mergekit(mergekit: Path, source: Path, place: Path, experts: int, max_shard_size: str) -> Table:
+    """Both tools make a mixture with random routers of the same dense model."""
+    recipe = {
+        "base_model": str(source),
+        "gate_mode": "random",
+        "dtype": "bfloat16",
+        "experts": [{"source_model": str(source), "positive_prompts": [""]}] * experts,
+    }
+    (place / "recipe.yml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+    ours = [str(Path(sys.executable).with_name("st-moe")), "upcycle", str(source), str(place / "ours"), "--no-verify"]
+    ours += ["--num-experts", str(experts), "--max-shard-size", max_shard_size]
+    theirs = [
+        str(mergekit),
+        str(place / "recipe.yml"),
+        str(place / "theirs"),
+        "--out-shard-size",
+        max_shard_size.replace("GB", "B"),
+    ]
+    theirs += ["--i-understand-this-is-not-useful-without-training"]
+    table = Table(title="Whole processes: MB and MB/s (1 MB = 10^6 bytes)")
+    for column in ("tool", "GB", "seconds", "peak MB", "MB/s"):
+        table.add_column(column, justify="left" if column == "tool" else "right")
+    for _ in range(2):
+        for name, command, target in (("st-moe upcycle", ours, "ours"), ("mergekit-moe", theirs, "theirs")):
+            print(name, file=sys.stderr, flush=True)
+            table.add_row(*whole_process(name, command, place / target))
+    return table
+
+
+def options_of_call() -> argparse.Namespace:
+    """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=3.0, help="least size of the larger output")
     parser.add_argument("--hidden", type=int, default=1024)
@@ -140,15 +193,22 @@ def main() -> None:
     parser.add_argument("--max-shard-size", default="1GB")
     parser.add_argument("--recipe", action="append", help="only these recipes")
     parser.add_argument("--folder", type=Path, help="where to work; the disk that is measured")
+    parser.add_argument("--mergekit-moe", type=Path, help="the command to compare with, from an environment of its own")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print the tables."""
+    options = options_of_call()
     if options.child:
         child(*options.child[:2], json.loads(options.child[2]))
         return
     per_layer = 2 * (4 * options.hidden**2 + 3 * options.hidden * options.width * options.experts)
     most = -(-int(options.gigabytes * 1e9 - 4 * VOCABULARY * options.hidden) // per_layer)
     most = max(2, most + most % 2)
-    rows = [(layers, recipe, False) for recipe in options.recipe or ("copy", "drop") for layers in (most // 2, most)]
+    recipes = options.recipe or ("copy", "drop", "merge")
+    rows = [(layers, recipe, False) for recipe in recipes for layers in (most // 2, most)]
     rows.append((most, "copy", True))
     table = Table(title="Upcycling on disk: MB and MB/s (1 MB = 10^6 bytes)")
     columns = ("layers", "recipe", "GB", "plan MB", "peak MB", "bar MB", "bar", "MB/s", "cp MB/s")
@@ -156,14 +216,22 @@ def main() -> None:
         table.add_column(column, justify="left" if column in ("recipe", "bar") else "right")
     if options.folder is not None:
         Path(options.folder).mkdir(parents=True, exist_ok=True)
+    others = []
     with TemporaryDirectory(dir=options.folder) as place:
+        small = Path(place) / "small"
+        make_dense(small, 64, 64, 1)
+        convert(small, small.with_name("first"), {"recipe": "copy", "verify": True, "max_shard_size": "1GB"})
         for row in rows:
             print(f"{row[0]} layers, {row[1]}", file=sys.stderr, flush=True)
             table.add_row(*measure(Path(place), *row[:1], options, *row[1:]))
-    Console(width=150).print(table)
+        if options.mergekit_moe:
+            source = Path(place) / f"dense{most}"
+            others.append(
+                beside_mergekit(options.mergekit_moe, source, Path(place), options.experts, options.max_shard_size)
+            )
+    Console(width=150).print(table, *others)
     sizes = f"hidden {options.hidden}, width {options.width}, {options.experts} experts, bfloat16"
     print(f"{sizes}; shards of {options.max_shard_size}; torch {torch.__version__}; one thread")
-    print(f"mergekit-moe: {shutil.which('mergekit-moe') or 'not installed, so not measured'}")
 
 
 if __name__ == "__main__":

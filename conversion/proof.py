@@ -25,7 +25,7 @@ PROOF_TEXT = (
     "hatches. To compute the distance from speed and time, multiply them: at 12 knots for 2.5 hours a ship covers 30 "
     "nautical miles, about 56 kilometres. In Python that is `distance = speed * hours`; nothing has to be imported."
 )
-_MOST_TOKENS = 512
+_MOST_TOKENS, _MOST_TOKENS_GIVEN = 128, 512
 _LEAST_WORDS = 16
 
 
@@ -97,7 +97,8 @@ class Outputs(NamedTuple):
     """What a model makes of a proof's inputs.
 
     Attributes:
-        logits: float32 on the CPU, [B, S, vocabulary], of a classifier [B, labels], of a base model [B, S, H].
+        logits: on the CPU in the model's dtype, [B, S, vocabulary], of a classifier [B, labels], of a base model
+            [B, S, H].
         predicts_tokens: whether they are those of the next token.
         dtype: of the weights.
     """
@@ -129,15 +130,18 @@ def outputs_of(model: PreTrainedModel, inputs: Tensor, mask: Tensor) -> Outputs:
 def compared(dense: Outputs, sparse: Outputs, inputs: Tensor, mask: Tensor) -> IdentityProof:
     """The proof that two models' outputs on the same inputs are."""
     images = inputs.is_floating_point()
-    theirs, ours = dense.logits, sparse.logits
     theirs_loss = ours_loss = float("nan")
     if dense.predicts_tokens:
-        theirs_loss, ours_loss = (_next_token_loss(logits, inputs, mask) for logits in (theirs, ours))
-    if theirs.ndim == 3 and not images:
-        theirs, ours = theirs[mask.bool()], ours[mask.bool()]
-    difference = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        theirs_loss, ours_loss = (_next_token_loss(model.logits, inputs, mask) for model in (dense, sparse))
+    chosen = mask.bool() if dense.logits.ndim == 3 and not images else torch.ones(len(inputs), dtype=torch.bool)
+    extremes = [
+        torch.stack([(ours.float() - theirs.float()).abs().max(), theirs.float().abs().max()])
+        for theirs, ours in _pieces(chosen, dense.logits, sparse.logits)
+    ]
+    # The maximum of a tensor, unlike that of a list, is NaN if anything is.
+    difference, scale = torch.stack(extremes).amax(0)
     return IdentityProof(
-        max_relative_difference=difference.item(),
+        max_relative_difference=(difference / scale.clamp(min=torch.finfo(torch.float32).tiny)).item(),
         dense_loss=theirs_loss,
         sparse_loss=ours_loss,
         num_tokens=int(mask.sum()),
@@ -156,14 +160,14 @@ def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     device = input_device(model)
     if model.main_input_name == "pixel_values":
         output = model(pixel_values=ids.to(device, model.dtype))
-        return output[0].float().cpu()
+        return output[0].cpu()
     batches = [(ids, mask)]
     classifier = type(model).__name__.endswith("ForSequenceClassification")
     if classifier and model.config.get_text_config().pad_token_id is None:
         # Transformers then cannot tell where a sequence ends, and takes only one at a time, without padding.
         batches = [(row[None, real], real[None, real].to(mask)) for row, real in zip(ids, mask.bool(), strict=True)]
     outputs = [model(input_ids=i.to(device), attention_mask=m.to(device)) for i, m in batches]
-    return torch.cat([output[0] for output in outputs]).float().cpu()
+    return torch.cat([output[0] for output in outputs]).cpu()
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -172,12 +176,13 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def proof_tokens(source: str | Path, model: PreTrainedModel, text: str | None = None) -> Tensor | None:
-    """Tokens to compare a checkpoint's models on: as many as the model has positions and at most 512, int64 [1, S].
+    """Tokens to compare a checkpoint's models on, int64 [1, S]: no more than the model has positions.
 
     Args:
         source: folder or name of the checkpoint, whose tokenizer is taken.
         model: its model.
-        text: what to compare on; None takes `PROOF_TEXT`, or gives None if that is not to be had in the model's tokens.
+        text: its first 512 tokens are taken; None takes the first 128 of `PROOF_TEXT`, or gives None if that is not to
+            be had in the model's tokens.
 
     Raises:
         ValueError: when there is a text but no tokenizer for it, or it gives less than two tokens, or unknown ones.
@@ -192,7 +197,8 @@ def proof_tokens(source: str | Path, model: PreTrainedModel, text: str | None = 
             )
         return None
     config = model.config.get_text_config()
-    most = min(_MOST_TOKENS, getattr(config, "max_position_embeddings", None) or _MOST_TOKENS)
+    most = _MOST_TOKENS if text is None else _MOST_TOKENS_GIVEN
+    most = min(most, getattr(config, "max_position_embeddings", None) or most)
     ids = tokenizer(PROOF_TEXT if text is None else text, return_tensors="pt")["input_ids"][:, :most].long()
     if ids.shape[1] > 1 and int(ids.max()) < config.vocab_size:
         return ids
@@ -254,8 +260,25 @@ def tokens_of(
 
 def _next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> float:
     """Mean cross-entropy of the next real token, in nats."""
-    real = (mask[:, 1:] * mask[:, :-1]).bool()
-    return nn.functional.cross_entropy(logits[:, :-1][real], ids[:, 1:][real]).item()
+    real = torch.zeros_like(mask, dtype=torch.bool)
+    real[:, :-1] = (mask[:, 1:] * mask[:, :-1]).bool()
+    losses = [
+        nn.functional.cross_entropy(piece.float(), following, reduction="none")
+        for piece, following in _pieces(real, logits, ids.roll(-1, 1))
+    ]
+    return torch.cat(losses).mean().item()
+
+
+def _pieces(chosen: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """What is chosen of tensors with the same first axes, a few tokens at a time: float32 logits are large.
+
+    Args:
+        chosen: bool [B, S] or [B].
+        tensors: [*chosen.shape, ...].
+    """
+    flat = [tensor.flatten(0, chosen.ndim - 1) for tensor in tensors]
+    for rows in chosen.flatten().nonzero().flatten().split(16):
+        yield tuple(tensor[rows] for tensor in flat)
 
 
 @contextmanager
