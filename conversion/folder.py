@@ -26,8 +26,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from transformers.utils import logging
 
+from st_moe.configuration import ROUTER_TYPES, STMoEConfig, check_own_code
 from st_moe.configuration.configuration_st_moe import installed_version
-from st_moe.conversion.checkpoint import check_checkpoint
+from st_moe.conversion.checkpoint import check_checkpoint, dense_config
 from st_moe.conversion.streaming import Journal, Plan, checkpoint_of_progress, sync_folder, write_shards
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ _COMPANION_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
+# What the model card of a folder with code says below.
+_CARD_ON_CODE = """
+Without the package, the code in this folder does it: leave `import st_moe` out and add `trust_remote_code=True`.
+"""
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 _WORKSHOP_FILES = {"model", "fresh", "journal.jsonl", "journal.new", "replaced"}
 # What Python, torch and the writer take beside one layer, in bytes; measured by `python -m benchmarks.conversion`.
@@ -72,6 +77,7 @@ def upcycle_checkpoint(
     max_shard_size: str = "5GB",
     verify: bool | Literal["layers"] = True,
     require_identity: float | None = None,
+    bundle_code: bool = False,
     push_to_hub: str | None = None,
     in_memory_options: Mapping[str, Any] | None = None,
     **mixture_fields: Any,
@@ -96,6 +102,8 @@ def upcycle_checkpoint(
         max_shard_size: largest weight file, such as `"5GB"`.
         verify: whether step 0 is compared with the dense model; `"layers"` never by logits.
         require_identity: largest relative difference that is accepted; None accepts any where none is promised.
+        bundle_code: also write the code that the mixture runs on, so that the folder loads where this package is not
+            installed, with `trust_remote_code=True`.
         push_to_hub: name of the repository on the Hub to upload the folder to.
         in_memory_options: further arguments of `upcycle`, which need the model in memory (`router_init` and others).
 
@@ -118,6 +126,8 @@ def upcycle_checkpoint(
         raise ValueError(
             f"require_identity: must not be negative, and needs verify=True, got {require_identity!r} and {verify}"
         )
+    if bundle_code:
+        _check_code(sources[0], mixture_fields)
     options: dict[str, Any] = {
         "recipe": recipe,
         "recipe_options": recipe_options or {},
@@ -130,7 +140,7 @@ def upcycle_checkpoint(
             **options, **mixture_fields
         )  # fmt: skip
         workshop.mkdir(parents=True, exist_ok=True)
-        journal = Journal(workshop, plan.digest)
+        journal = Journal(workshop, plan.digest + (" with code" if bundle_code else ""))
         folder = workshop / "model"
         if plan.in_memory:
             logger.warning(f"{source}: converted in memory, not streamed: {plan.in_memory}.")
@@ -148,7 +158,9 @@ def upcycle_checkpoint(
             with _keeping_nothing(workshop):
                 _judge(proof, plan, journal, require_identity)
         card = _model_card(sources[0], plan, seed, proof, journal.non_finite)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(card + (_CARD_ON_CODE if bundle_code else ""), encoding="utf-8")
+        if bundle_code:
+            _write_code(folder)
         _exchange(workshop, target)
         checkpoint_of_progress("tidy")
         shutil.rmtree(workshop)
@@ -311,6 +323,19 @@ def _write_texts(plan: Plan, folder: Path) -> None:
         if not (folder / name).exists() or not plan.in_memory:
             (folder / name).write_text(text, encoding="utf-8")
     _copy_companions(plan.source, folder)
+
+
+def _check_code(source: str | Path, fields: Mapping[str, Any]) -> None:
+    """Refuse code that could not travel; what else is wrong with the request is for the plan to say."""
+    router_type = fields.get("router_type", STMoEConfig.router_type)
+    if router_type in tuple(ROUTER_TYPES):
+        check_own_code(router_type, dense_config(source).model_type)
+
+
+def _write_code(folder: Path) -> None:
+    from st_moe.modeling.bundle import write_bundle
+
+    write_bundle(folder)
 
 
 def _copy_companions(source: str | Path, target: Path) -> None:

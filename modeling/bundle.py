@@ -16,9 +16,7 @@ from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 
-from transformers import CONFIG_MAPPING
-
-from st_moe.configuration import ROUTER_TYPES, STMoEConfig
+from st_moe.configuration import ROUTER_TYPES, STMoEConfig, check_own_code
 
 _OWN_NAME = "st_moe.modeling.bundle"
 _PACKAGE = _OWN_NAME.partition(".")[0]
@@ -38,36 +36,18 @@ def auto_map() -> dict[str, str]:
     return {"AutoConfig": f"{ENTRY}.{STMoEConfig.__name__}", **models}
 
 
-def check_bundle(router_type: str, dense_model_type: str) -> None:
-    """See that a mixture needs no code beside the bundle and Transformers.
-
-    Raises:
-        ValueError: when its router or its dense family was registered from elsewhere.
-    """
-    places = {
-        "router_type": (router_type, ROUTER_TYPES[router_type].path, f"{_PACKAGE}."),
-        "dense_model_type": (dense_model_type, CONFIG_MAPPING[dense_model_type].__module__, "transformers."),
-    }
-    for field, (value, place, home) in places.items():
-        if not place.startswith(home):
-            raise ValueError(
-                f"{field}: must be one of {home[:-1]}'s own to bundle code, got {value!r} from {place}, which a bundle "
-                "would lack; save with bundle_code=False"
-            )
-
-
 def write_bundle(folder: str | os.PathLike[str]) -> None:
     """Write the bundle into the folder of a saved mixture, and `auto_map` into the config there, last.
 
     Raises:
-        ValueError: when the folder holds no mixture's config, or one that `check_bundle` refuses; nothing is written.
+        ValueError: when the folder holds no mixture's config, or one that `check_own_code` refuses; nothing is written.
     """
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if config.get("model_type") != STMoEConfig.model_type:
         raise ValueError(f"folder: must hold the config.json of a saved mixture to bundle code, got {folder}")
     # A saved config leaves defaults out.
-    check_bundle(*(config.get(name, getattr(STMoEConfig, name)) for name in ("router_type", "dense_model_type")))
+    check_own_code(*(config.get(name, getattr(STMoEConfig, name)) for name in ("router_type", "dense_model_type")))
     for name, text in bundle_files().items():
         (path.parent / name).write_text(text, encoding="utf-8", newline="\n")
     partial = path.with_suffix(".json.partial")

@@ -72,6 +72,10 @@ def upcycle(
         float | None, typer.Option(help="Largest relative difference of step 0 that is accepted, e.g. 1e-4.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
+    bundle_code: Annotated[
+        bool,
+        typer.Option("--bundle-code", help="Also write the code, to load without this package."),
+    ] = False,
     push_to_hub: Annotated[str | None, typer.Option(metavar="NAME", help="Upload the result to the Hub.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing destination.")] = False,
     settings: Settings = None,
@@ -98,7 +102,7 @@ def upcycle(
     if dry_run:
         Console().print(plan_table(plan_checkpoint(**_joined(own, settings)), destination))
         return
-    own |= {"destination": destination, "overwrite": overwrite, "push_to_hub": push_to_hub}
+    own |= {"destination": destination, "overwrite": overwrite, "push_to_hub": push_to_hub, "bundle_code": bundle_code}
     own["verify"] = "layers" if verify and layer_proof else verify
     upcycle_checkpoint(**_joined({**own, "require_identity": require_identity}, settings))
     _say(f"written: {destination}")

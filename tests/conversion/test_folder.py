@@ -29,6 +29,7 @@ from st_moe import STMoEForCausalLM, STMoEForSequenceClassification, cli, upcycl
 from st_moe.conversion import folder as folder_module
 from st_moe.conversion import streaming, upcycle_checkpoint
 from st_moe.conversion.streaming import Plan
+from st_moe.modeling.bundle import auto_map, bundle_files
 from tests.families import FAMILIES, TOLERANCE, dense_model, relative_difference, tiny_tokenizer, token_ids
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -79,6 +80,53 @@ def test_folder_holds_what_travels_with_a_model(dense: Path, tmp_path: Path) -> 
     generation = GenerationConfig.from_pretrained(tmp_path / "moe")
     assert (generation.do_sample, generation.top_k, generation.temperature) == (True, 7, 0.5)
     assert (tmp_path / "moe" / "LICENSE.txt").read_text(encoding="utf-8") == "Do what you like."
+
+
+@pytest.mark.parametrize("options", [{}, {"in_memory_options": {"router_init": "zeros"}}])
+def test_code_travels_when_asked(options: dict[str, Any], dense: Path, tmp_path: Path) -> None:
+    convert(dense, tmp_path / "plain", **options)
+    convert(dense, tmp_path / "coded", bundle_code=True, **options)
+    plain, coded = contents(tmp_path / "plain"), contents(tmp_path / "coded")
+    files = {name: text.encode() for name, text in bundle_files().items()}
+    assert coded.keys() == plain.keys() | files.keys()
+    assert {name: coded[name] for name in files} == files
+    assert {name for name in plain if plain[name] != coded[name]} == {"config.json", "README.md"}
+    assert json.loads(coded["config.json"]) == {**json.loads(plain["config.json"]), "auto_map": auto_map()}
+    assert b"trust_remote_code=True" in coded["README.md"]
+    assert b"trust_remote_code" not in plain["README.md"]
+    assert coded["README.md"].startswith(plain["README.md"])
+
+
+def test_code_that_cannot_travel_is_refused_before_any_work(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(tmp_path)
+    monkeypatch.setattr(LlamaForCausalLM.config_class, "__module__", "elsewhere.llama")
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "plan_checkpoint", lambda *args, **kwargs: pytest.fail("work was done"))
+        with pytest.raises(ValueError, match=r"dense_model_type: must be .* got 'llama' from elsewhere\.llama"):
+            convert(dense, tmp_path / "moe", bundle_code=True)
+        # What is wrong besides is said by the plan.
+        with pytest.raises(pytest.fail.Exception, match="work was done"):
+            convert(dense, tmp_path / "moe", bundle_code=True, router_type="none")
+    assert contents(tmp_path) == before
+    assert convert(dense, tmp_path / "moe").holds
+
+
+def test_code_of_a_run_that_was_stopped_is_not_kept_unasked(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "_exchange", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(dense, tmp_path / "moe", bundle_code=True)
+    assert (tmp_path / "moe.partial" / "model" / "st_moe_modeling.py").exists()
+    convert(dense, tmp_path / "moe")
+    convert(dense, tmp_path / "plain")
+    assert contents(tmp_path / "moe") == contents(tmp_path / "plain")
 
 
 def test_model_card(dense: Path, tmp_path: Path) -> None:

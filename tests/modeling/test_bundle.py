@@ -32,7 +32,7 @@ from st_moe import (
 )
 from st_moe.configuration import ROUTER_TYPES
 from st_moe.modeling import bundle, concatenation
-from tests.families import mixture, tiny_tokenizer, token_ids
+from tests.families import dense_model, mixture, tiny_tokenizer, token_ids
 from tests.hub_stand_in import HubStandIn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -623,6 +623,12 @@ print(model.push_to_hub("someone/mixture", bundle_code=True, commit_message="A m
 AutoTokenizer.from_pretrained(sys.argv[1]).push_to_hub("someone/mixture")
 model.push_to_hub("someone/after")
 """
+UPCYCLE = """
+import sys
+from st_moe.cli import main
+sys.argv = ["st-moe", "upcycle", *sys.argv[1:], "--bundle-code", "--push-to-hub", "someone/mixture"]
+main()
+"""
 LOAD_HUB = (
     HIDE
     + RESULTS
@@ -769,3 +775,19 @@ def test_upload_and_download(
         found = results_of(LOAD_HUB, {}, tmp_path, **environment)
         assert hub.unknown == []
     assert not different(found["hub"], expected["top_k"])
+
+
+@pytest.mark.slow
+def test_upcycling_in_a_terminal_uploads_the_code(files: dict[str, str], tmp_path: Path) -> None:
+    dense_model("llama").save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    moe = tmp_path / "moe"
+    with HubStandIn() as hub:
+        environment = hub.environment(str(tmp_path / "home"))
+        run_python(UPCYCLE, str(tmp_path / "dense"), str(moe), folder=tmp_path / "terminal", **environment)
+        assert hub.files["someone/mixture"] == {path.name: path.read_bytes() for path in moe.iterdir()}
+        assert {name: hub.files["someone/mixture"][name].decode() for name in files} == files
+        found = results_of(LOAD_HUB, {}, tmp_path, **environment)["hub"]
+        assert hub.unknown == []
+    (tmp_path / "package").mkdir()
+    assert not different(found, results_of(LOAD_PACKAGE, {"moe": moe}, tmp_path / "package")["moe"])
