@@ -16,16 +16,13 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
-import torch
-import transformers
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 from transformers.utils import logging
 
-from st_moe.configuration.configuration_st_moe import installed_version
-from st_moe.conversion.checkpoint import check_checkpoint
+from st_moe.configuration import ROUTER_TYPES, STMoEConfig, check_own_code
+from st_moe.conversion.card import faults_of, model_card
+from st_moe.conversion.checkpoint import check_checkpoint, dense_config
 from st_moe.conversion.streaming import Journal, Plan, checkpoint_of_progress, sync_folder, write_shards
 
 if TYPE_CHECKING:
@@ -56,8 +53,6 @@ _COMPANION_FILES = (
 )
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 _WORKSHOP_FILES = {"model", "fresh", "journal.jsonl", "journal.new", "offload", "replaced"}
-# What Python, torch and the writer take beside one layer, in bytes; measured by `python -m benchmarks.conversion`.
-_BASE_MEMORY = 270 * 10**6
 
 
 def upcycle_checkpoint(
@@ -77,6 +72,7 @@ def upcycle_checkpoint(
     verify: bool = True,
     proof_text: str | None = None,
     require_identity: float | None = None,
+    bundle_code: bool = False,
     push_to_hub: str | None = None,
     **mixture_fields: Any,
 ) -> IdentityProof | None:
@@ -104,6 +100,8 @@ def upcycle_checkpoint(
         proof_text: text to compare on, at most its first 512 tokens; None takes a text of this package, or random
             tokens where the source has no tokenizer.
         require_identity: largest relative difference that is accepted; None accepts any where none is promised.
+        bundle_code: also write the code that the mixture runs on, so that the folder loads where this package is not
+            installed, with `trust_remote_code=True`.
         push_to_hub: name of the repository on the Hub to upload the folder to.
 
     Returns:
@@ -125,6 +123,8 @@ def upcycle_checkpoint(
         raise ValueError(
             f"require_identity: must not be negative, and needs verify=True, got {require_identity!r} and {verify}"
         )
+    if bundle_code:
+        _check_code(sources[0], mixture_fields)
     options: dict[str, Any] = {
         "recipe": recipe,
         "recipe_options": recipe_options or {},
@@ -138,7 +138,7 @@ def upcycle_checkpoint(
     with _explaining_a_full_disk(workshop):
         plan = plan_checkpoint(sources, workshop / "fresh", max_shard_size=max_shard_size, **options, **mixture_fields)
         workshop.mkdir(parents=True, exist_ok=True)
-        journal = Journal(workshop, plan.digest)
+        journal = Journal(workshop, plan.digest + (" with code" if bundle_code else ""))
         folder = workshop / "model"
         if plan.in_memory:
             logger.warning(f"{source}: converted in memory, not streamed: {plan.in_memory}.")
@@ -149,14 +149,16 @@ def upcycle_checkpoint(
             with _progress(plan.num_bytes) as advance:
                 write_shards(plan, workshop, journal, advance)
         if journal.non_finite:
-            logger.warning(f"{source}: weights are NaN or infinite: {_faults(journal.non_finite)}.")
+            logger.warning(f"{source}: weights are NaN or infinite: {faults_of(journal.non_finite)}.")
         _write_texts(plan, folder)
         proof = _proof(plan, folder, proof_text) if verify else None
         if proof is not None:
             with _keeping_nothing(workshop):
                 _judge(proof, plan, journal, require_identity)
-        card = _model_card(sources, plan, seed, proof, journal.non_finite)
+        card = model_card(sources, plan, seed, proof, journal.non_finite, bundle_code)
         (folder / "README.md").write_text(card, encoding="utf-8")
+        if bundle_code:
+            _write_code(folder)
         _exchange(workshop, target)
         checkpoint_of_progress("tidy")
         shutil.rmtree(workshop)
@@ -334,6 +336,19 @@ def _write_texts(plan: Plan, folder: Path) -> None:
     _copy_companions(plan.sources[0], folder)
 
 
+def _check_code(source: str | Path, fields: Mapping[str, Any]) -> None:
+    """Refuse code that could not travel; what else is wrong with the request is for the plan to say."""
+    router_type = fields.get("router_type", STMoEConfig.router_type)
+    if router_type in tuple(ROUTER_TYPES):
+        check_own_code(router_type, dense_config(source).model_type)
+
+
+def _write_code(folder: Path) -> None:
+    from st_moe.modeling.bundle import write_bundle
+
+    write_bundle(folder)
+
+
 def _copy_companions(source: str | Path, target: Path) -> None:
     """Keep the tokenizer and what else travels with a checkpoint, a folder or a name on the Hub, as it is."""
     if not Path(source).exists():
@@ -438,75 +453,3 @@ def _push(folder: Path, name: str) -> None:
     except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"push_to_hub: {folder} is complete, but {name!r} could not be uploaded: {reason}") from None
-
-
-def plan_table(plan: Plan, destination: Path) -> Table:
-    """The plan for people: what would be made of what, and what it takes."""
-    facts = plan.facts
-    place = next(path for path in (destination.absolute(), *destination.absolute().parents) if path.exists())
-    way = f"in memory, not streamed: {plan.in_memory}" if plan.in_memory else "streamed"
-    table = Table("", "plan", title="Nothing is written", show_header=False)
-    rows = {
-        "source": ", ".join(plan.sources),
-        "dense family": facts["family"],
-        "recipe": plan.recipe,
-        "sparse layers": f"{facts['sparse_layers']} of {facts['layers']}",
-        "experts per sparse layer": f"{facts['experts']}, of which {facts['choices']} per token",
-        "parameters": f"{facts['total']:,}, of which {facts['active']:,} active per token",
-        "way": way,
-        "bytes to write": f"{plan.num_bytes:,} in {len(plan.shards)} files" if plan.shards else "not known",
-        "peak memory, about": f"{_BASE_MEMORY + plan.layer_bytes:,} bytes" if plan.shards else "both models",
-        "free disk": f"{shutil.disk_usage(place).free:,} bytes",
-    }
-    for name, value in rows.items():
-        table.add_row(name, escape(str(value)))
-    return table
-
-
-def _model_card(
-    sources: Sequence[str | Path],
-    plan: Plan,
-    seed: int,
-    proof: IdentityProof | None,
-    non_finite: Mapping[str, int],
-) -> str:
-    """Model card in the Hub's format."""
-    facts = plan.facts
-    local = [Path(source).exists() for source in sources]
-    names = [Path(source).resolve().name if here else str(source) for source, here in zip(sources, local, strict=True)]
-    parent = ", ".join(names)
-    # The Hub knows no folder of this machine, so only names of its own are linked.
-    link = "" if any(local) else f"base_model: [{parent}]\n"
-    options = "".join(f", {name}={value}" for name, value in plan.options.items())
-    faults = f"\n| NaN or infinite weights of the source | {_faults(non_finite)} |" if non_finite else ""
-    return f"""---
-library_name: transformers
-tags: [st_moe, mixture-of-experts, upcycled]
-{link}---
-
-# Mixture of experts, upcycled from {parent}
-
-| | |
-|---|---|
-| dense family | {facts["family"]} |
-| experts per sparse layer | {facts["experts"]}, of which {facts["choices"]} per token |
-| sparse layers | {facts["sparse_layers"]} of {facts["layers"]} |
-| parameters | {facts["total"]:,}, of which {facts["active"]:,} active per token |
-| recipe | `{plan.recipe}`, seed {seed}{options} |
-| proof | {proof or "not measured"} |{faults}
-| made with | st_moe {installed_version()}, transformers {transformers.__version__}, torch {torch.__version__} |
-
-```python
-import st_moe
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-```
-"""
-
-
-def _faults(non_finite: Mapping[str, int], most: int = 5) -> str:
-    """How many values of which tensors are NaN or infinite."""
-    names = sorted(non_finite)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{sum(non_finite.values())} values in {len(names)} tensors: {', '.join(names[:most])}{more}"

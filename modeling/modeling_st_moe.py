@@ -20,8 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from st_moe.configuration import ROUTER_TYPES, STMoEConfig
-from st_moe.modeling.bundle import IN_BUNDLE, check_bundle, write_bundle
+from st_moe.configuration import ROUTER_TYPES, STMoEConfig, check_own_code
+from st_moe.modeling.bundle import IN_BUNDLE, write_bundle
 from st_moe.modeling.experts import EXPERTS_IMPLEMENTATION, ModuleExperts, STMoEExperts
 from st_moe.modeling.ffn import FFNLocation, locate_ffns
 from st_moe.modeling.outputs import (
@@ -174,7 +174,7 @@ class STMoEPreTrainedModel(PreTrainedModel):
         adapters = getattr(self, "_hf_peft_config_loaded", False)
         bundle_code = bundle_code or self._bundles_code or (IN_BUNDLE and not adapters)
         if bundle_code:
-            check_bundle(self.config.router_type, self.config.dense_model_type)
+            check_own_code(self.config.router_type, self.config.dense_model_type)
             if push_to_hub or adapters:
                 raise ValueError(
                     "bundle_code: must be False in save_pretrained with push_to_hub=True, for which there is "

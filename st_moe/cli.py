@@ -72,12 +72,17 @@ def upcycle(
         float | None, typer.Option(help="Largest relative difference of step 0 that is accepted, e.g. 1e-4.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
+    bundle_code: Annotated[
+        bool,
+        typer.Option("--bundle-code", help="Also write the code, to load without this package."),
+    ] = False,
     push_to_hub: Annotated[str | None, typer.Option(metavar="NAME", help="Upload the result to the Hub.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing destination.")] = False,
     settings: Settings = None,
 ) -> None:
     """Turn a dense checkpoint into a mixture of experts, and prove that step 0 computes the same function."""
-    from st_moe.conversion.folder import plan_checkpoint, plan_table, upcycle_checkpoint
+    from st_moe.conversion.card import plan_table
+    from st_moe.conversion.folder import plan_checkpoint, upcycle_checkpoint
 
     own: dict[str, Any] = {
         "source": [source, *also] if also else source,
@@ -101,6 +106,7 @@ def upcycle(
         "verify": verify,
         "proof_text": None if proof_text is None else proof_text.read_text(encoding="utf-8"),
         "require_identity": require_identity,
+        "bundle_code": bundle_code,
         "push_to_hub": push_to_hub,
     }
     upcycle_checkpoint(**_joined(own, settings))

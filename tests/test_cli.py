@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from st_moe import STMoEConfig, STMoEForCausalLM, cli
 from st_moe.finetune import ROUTER_LOG
+from st_moe.modeling.bundle import bundle_files
 from tests.families import dense_model, mixture, tiny_tokenizer
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -199,6 +200,18 @@ def test_upcycle(files: Path, st_moe: Callable[..., Result]) -> None:
     assert GenerationConfig.from_pretrained("new").top_k == 7
     assert "step 0: equal up to rounding" in (files / "new" / "README.md").read_text(encoding="utf-8")
     assert load_file("new/model.safetensors")["model.layers.1.mlp.gate.weight"].std() > 0.4
+
+
+def test_upcycle_with_code(files: Path, st_moe: Callable[..., Result]) -> None:
+    for name, options in {"plain": (), "coded": ("--bundle-code",)}.items():
+        assert st_moe("upcycle", "dense", name, "--num-experts", "4", "--no-verify", *options).code == 0
+    names = {name: {path.name for path in (files / name).iterdir()} for name in ("plain", "coded")}
+    assert names["coded"] - names["plain"] == bundle_files().keys()
+    assert names["plain"] <= names["coded"]
+    configs = {name: json.loads((files / name / "config.json").read_text(encoding="utf-8")) for name in names}
+    entries = configs["coded"].pop("auto_map")
+    assert configs["coded"] == configs["plain"]
+    assert entries["AutoModelForCausalLM"] == "st_moe_modeling.STMoEForCausalLM"
 
 
 @pytest.mark.parametrize(("text", "expected"), [("every:2", [1]), ("last:1", [1]), ("0, 1", [0, 1]), ("0", [0])])

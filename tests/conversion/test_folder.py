@@ -29,6 +29,7 @@ from st_moe import STMoEForCausalLM, STMoEForSequenceClassification, cli, upcycl
 from st_moe.conversion import folder as folder_module
 from st_moe.conversion import streaming, upcycle_checkpoint
 from st_moe.conversion.streaming import Plan
+from st_moe.modeling.bundle import auto_map, bundle_files
 from tests.families import FAMILIES, TOLERANCE, dense_model, relative_difference, tiny_tokenizer, token_ids
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -81,6 +82,54 @@ def test_folder_holds_what_travels_with_a_model(dense: Path, tmp_path: Path) -> 
     assert (tmp_path / "moe" / "LICENSE.txt").read_text(encoding="utf-8") == "Do what you like."
 
 
+@pytest.mark.parametrize("family", ["llama", "hrm_text"], ids=["streamed", "in memory"])
+def test_code_travels_when_asked(family: str, tmp_path: Path) -> None:
+    dense_model(family).save_pretrained(tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "plain")
+    convert(tmp_path / "dense", tmp_path / "coded", bundle_code=True)
+    plain, coded = contents(tmp_path / "plain"), contents(tmp_path / "coded")
+    files = {name: text.encode() for name, text in bundle_files().items()}
+    assert coded.keys() == plain.keys() | files.keys()
+    assert {name: coded[name] for name in files} == files
+    assert {name for name in plain if plain[name] != coded[name]} == {"config.json", "README.md"}
+    assert json.loads(coded["config.json"]) == {**json.loads(plain["config.json"]), "auto_map": auto_map()}
+    assert b"trust_remote_code=True" in coded["README.md"]
+    assert b"trust_remote_code" not in plain["README.md"]
+    assert coded["README.md"].startswith(plain["README.md"])
+
+
+def test_code_that_cannot_travel_is_refused_before_any_work(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(tmp_path)
+    monkeypatch.setattr(LlamaForCausalLM.config_class, "__module__", "elsewhere.llama")
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "plan_checkpoint", lambda *args, **kwargs: pytest.fail("work was done"))
+        with pytest.raises(ValueError, match=r"dense_model_type: must be .* got 'llama' from elsewhere\.llama"):
+            convert(dense, tmp_path / "moe", bundle_code=True)
+        # What is wrong besides is said by the plan.
+        with pytest.raises(pytest.fail.Exception, match="work was done"):
+            convert(dense, tmp_path / "moe", bundle_code=True, router_type="none")
+    assert contents(tmp_path) == before
+    assert convert(dense, tmp_path / "moe").holds
+
+
+def test_code_of_a_run_that_was_stopped_is_not_kept_unasked(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "_exchange", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(dense, tmp_path / "moe", bundle_code=True)
+    assert (tmp_path / "moe.partial" / "model" / "st_moe_modeling.py").exists()
+    convert(dense, tmp_path / "moe")
+    convert(dense, tmp_path / "plain")
+    assert contents(tmp_path / "moe") == contents(tmp_path / "plain")
+
+
 def test_model_card(dense: Path, tmp_path: Path) -> None:
     proof = convert(dense, tmp_path / "moe", recipe="drop", recipe_options={"ratio": 0.25}, seed=5)
     card = (tmp_path / "moe" / "README.md").read_text(encoding="utf-8")
@@ -101,7 +150,7 @@ def test_model_card(dense: Path, tmp_path: Path) -> None:
 def test_model_card_of_a_hub_model_links_it() -> None:
     facts = dict.fromkeys(("family", "experts", "choices", "sparse_layers", "layers", "total", "active"), 1)
     plan = Plan(("folder",), "copy", {}, facts=facts)
-    card = folder_module._model_card(["org/name"], plan, 0, None, {"a": 2, "b": 1})
+    card = folder_module.model_card(["org/name"], plan, 0, None, {"a": 2, "b": 1})
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == ["org/name"]
     assert "not measured" in card
     assert "| NaN or infinite weights of the source | 3 values in 2 tensors: a, b |" in card
@@ -310,7 +359,7 @@ FAILURES: dict[str, tuple[Any, str, Callable[..., Any], type[BaseException], str
     "weights": (streaming, "_write_all", disk_full, OSError, "destination: the disk of .* is full; make room"),
     "interrupt": (streaming, "_write_all", interrupted, KeyboardInterrupt, ""),
     "tokenizer": (folder_module, "_copy_companions", disk_full, OSError, "destination: the disk of .* is full"),
-    "card": (folder_module, "_model_card", disk_full, OSError, "destination: the disk of .* is full"),
+    "card": (folder_module, "model_card", disk_full, OSError, "destination: the disk of .* is full"),
     "too little room": (
         folder_module.shutil,
         "disk_usage",
@@ -384,13 +433,13 @@ def test_the_old_folder_stands_until_the_new_one_is_complete(
 ) -> None:
     convert(dense, tmp_path / "moe", num_experts=2)
     before = contents(tmp_path / "moe")
-    card = folder_module._model_card
+    card = folder_module.model_card
 
     def last_step(*args: Any) -> str:
         assert contents(tmp_path / "moe") == before
         return card(*args)
 
-    monkeypatch.setattr(folder_module, "_model_card", last_step)
+    monkeypatch.setattr(folder_module, "model_card", last_step)
     convert(dense, tmp_path / "moe", overwrite=True)
     assert contents(tmp_path / "moe") != before
 

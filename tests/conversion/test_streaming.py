@@ -22,7 +22,8 @@ from st_moe import upcycle
 from st_moe.conversion import folder as folder_module
 from st_moe.conversion import from_disk, streaming, upcycle_checkpoint
 from st_moe.conversion import plan as plan_module
-from st_moe.conversion.folder import plan_checkpoint, plan_table
+from st_moe.conversion.card import plan_table
+from st_moe.conversion.folder import plan_checkpoint
 from st_moe.conversion.from_disk import prove_folder
 from st_moe.conversion.proof import PROOF_TEXT, IdentityProof, prove_identity
 from st_moe.conversion.tensor_files import header_of, read_header, read_into
