@@ -198,7 +198,7 @@ def _shared_faults(row: NativeTarget, config: STMoEConfig) -> list[str]:
 def _family_faults(row: NativeTarget, config: STMoEConfig) -> list[str]:
     family = next((family for family in row.families if family.name == config.dense_model_type), None)
     if family is None:
-        names = ", ".join(family.name for family in row.families)
+        names = ", ".join(row.family_names)
         return [f"dense_model_type: must be one of {names}, got {config.dense_model_type!r}"]
     known = {*_copied(row, family), *family.dense, *family.unread, row.width, "intermediate_size"}
     faults = [_must(name, _value(value, config), getattr(config, name)) for name, value in family.dense.items()]
@@ -268,7 +268,7 @@ def _config_of_ours(row: NativeTarget, native: Any, name: str | None) -> tuple[F
     faults = {"": [fault for fault in own if fault]}
     families = [f for f in row.families if name in (None, f.name) and f.name in CONFIG_MAPPING]
     if not families:
-        names = ", ".join(family.name for family in row.families)
+        names = ", ".join(row.family_names)
         raise ValueError(f"family: must be one of {names} for {row.name}, got {name!r}")
     for family in families if not faults[""] else ():
         dense, found = _dense_config(row, family, native)

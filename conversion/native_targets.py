@@ -107,7 +107,8 @@ class NativeTarget:
         shared: how it holds shared experts; None when it has none.
         extra: fields of the dense config that it reads without declaring them.
         conditions: of the native config, when it is read.
-        families: the dense families that it holds; a native checkpoint becomes the first one that fits.
+        families: the dense families that it holds; a native checkpoint becomes the first one that fits, and a mixture
+            is written by the first row of its family.
     """
 
     name: str
@@ -125,6 +126,11 @@ class NativeTarget:
     shared: SharedExperts | None = None
     extra: tuple[str, ...] = ()
     conditions: tuple[Condition, ...] = ()
+
+    @property
+    def family_names(self) -> tuple[str, ...]:
+        """The names of its families, each once."""
+        return tuple(dict.fromkeys(family.name for family in self.families))
 
 
 def _head_dim(config: Any) -> int:
@@ -377,6 +383,14 @@ TARGETS: tuple[NativeTarget, ...] = (
                 native={"qkv_bias": True, "use_sliding_window": False},
                 unread=_WINDOW_FIELDS,
                 zeros=_QKV_BIASES,
+            ),
+            # Only read: what is written has a row above.
+            Family(
+                "llama",
+                {"attention_bias": False, "mlp_bias": False, "head_dim": _own_head_dim},
+                {"qkv_bias": False, "use_sliding_window": False},
+                unread=("pretraining_tp", *_WINDOW_FIELDS),
+                conditions=(_PLAIN_HEADS,),
             ),
         ),
         layers=_BY_LIST,

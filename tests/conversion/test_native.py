@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "export.md"
 # Older hosts lack some architectures.
 ROWS = [row for row in TARGETS if row.name in CONFIG_MAPPING]
-PAIRS = [(row.name, family.name) for row in ROWS for family in row.families if family.name in CONFIG_MAPPING]
+PAIRS = [(row.name, name) for row in ROWS for name in row.family_names if name in CONFIG_MAPPING]
 
 # What a family needs to be small, or to be one that targets can hold.
 OWN_FIELDS: dict[str, dict[str, Any]] = {
@@ -143,6 +143,24 @@ def random_native(target: str) -> PreTrainedModel:
         if any(name.endswith(zero) for zero in row.zeros):
             parameter.data.zero_()
     return model
+
+
+def test_a_qwen2_moe_without_biases_is_read_and_gets_zeros_when_it_is_written(tmp_path: Path) -> None:
+    config = random_native("qwen2_moe").config
+    config.qkv_bias = False
+    source = AutoModelForCausalLM.from_config(config).eval()
+    perturb(source, seed=4)
+    ours = import_native(source)
+    assert ours.config.dense_model_type == "llama"
+    assert relative_difference(logits(ours), logits(source)) <= TOLERANCE
+    export_native(ours, "qwen2_moe", tmp_path / "again")
+    again = native_model(tmp_path / "again")
+    state = again.state_dict()
+    assert same({name: state[name] for name in source.state_dict()}, source.state_dict())
+    biases = [name for name in state if name not in source.state_dict()]
+    assert len(biases) == 3 * config.num_hidden_layers
+    assert not any(state[name].any() for name in biases)
+    assert relative_difference(logits(again), logits(source)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("target", [row.name for row in ROWS])
@@ -377,7 +395,7 @@ def test_unknown_target_and_wrong_models_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "change", "message"),
     [
-        ("qwen2_moe", {"qkv_bias": False}, r"qkv_bias: must be True, got False"),
+        ("qwen2_moe", {"qkv_bias": False, "use_sliding_window": True}, r"use_sliding_window: must be False, got True"),
         ("qwen3_moe", {"use_sliding_window": True}, r"qwen3: use_sliding_window: must be False, got True"),
         ("glm4_moe", {"use_qk_norm": True, "attention_bias": True}, r"attention_bias: must be False, got True"),
         ("cohere2_moe", {"expert_selection_fn": "sigmoid"}, r"expert_selection_fn: must be 'softmax', got 'sigmoid'"),
@@ -685,7 +703,7 @@ def table_of_targets() -> str:
     """The table that the page must show."""
     lines = ["| `--to` | Dense families | Router | Dense layers | Shared experts |", "|---|---|---|---|---|"]
     for row in TARGETS:
-        families = ", ".join(family.name for family in row.families)
+        families = ", ".join(row.family_names)
         layers = "none" if row.layers is None else row.layers.words
         shared = "none"
         if row.shared is not None:
