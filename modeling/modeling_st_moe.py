@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -467,28 +467,32 @@ class _Head(STMoEPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def _add_losses(self, output: Any, scope: RoutingScope, share: Tensor | float) -> None:
-        """Write the routers' losses and statistics into `output`, and in training add them to its loss."""
+        """Write the routers' losses and statistics into `output`, and in training add them to its loss.
+
+        Of a layer that is run several times, they are the mean over its runs.
+        """
         layers = len(self.config.sparse_layer_indices)
-        if len(scope.records) < layers:
+        if len(set(scope.layers)) < layers:
             raise RuntimeError(
-                f"{len(scope.records)} of {layers} sparse layers recorded their routing, so router losses would leave "
-                "some out; compile the whole model, not its layers one by one"
+                f"{len(set(scope.layers))} of {layers} sparse layers recorded their routing, so router losses would "
+                "leave some out; compile the whole model, not its layers one by one"
             )
-        # Only the first forward pass of a scope counts, should there be more.
-        records, per_layer = scope.records[:layers], scope.losses[:layers]
-        device = records[0].logits.device
+        device = scope.records[0].logits.device
         coefficients = self.config.loss_coefficients
-        aux_losses = {name: torch.stack([each[name].to(device) for each in per_layer]).mean() for name in per_layer[0]}
+
+        def per_layer(values: Iterable[Tensor]) -> Tensor:
+            return torch.stack(scope.mean_over_runs([value.to(device) for value in values], layers))
+
+        aux_losses = {name: per_layer(each[name] for each in scope.losses).mean() for name in scope.losses[0]}
         output.aux_losses = aux_losses
         output.balance_loss, output.router_z_loss = (aux_losses.get(name) for name in ("balance_loss", "router_z_loss"))
         terms = [coefficients[name] * loss for name, loss in aux_losses.items()]
         output.aux_loss = torch.stack(terms).sum() if terms else torch.zeros((), device=device)
-        most = max(routing.logits.shape[-1] for routing in records)
-        load = [losses.expert_load(routing).detach().to(device) for routing in records]
-        output.expert_load = torch.stack([nn.functional.pad(each, (0, most - each.shape[0])) for each in load])
+        most = max(routing.logits.shape[-1] for routing in scope.records)
+        load = (losses.expert_load(routing).detach() for routing in scope.records)
+        output.expert_load = per_layer(nn.functional.pad(each, (0, most - each.shape[0])) for each in load)
         for name in ("router_entropy", "dropped_fraction"):
-            statistic = [getattr(losses, name)(routing).detach().to(device) for routing in records]
-            output[name] = torch.stack(statistic)
+            output[name] = per_layer(getattr(losses, name)(routing).detach() for routing in scope.records)
         if self.training and output.loss is not None and any(coefficients[name] for name in aux_losses):
             output.loss = output.loss + (output.aux_loss * share).to(output.loss.device, output.loss.dtype)
 

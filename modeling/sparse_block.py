@@ -66,6 +66,7 @@ class SparseBlock(nn.Module):
     def __init__(self, config: STMoEConfig, ffn: FFNLocation, sparse_layer: int = 0) -> None:
         super().__init__()
         hidden_size = ffn.hidden_size or config.hidden_size
+        self.sparse_layer = sparse_layer
         self.gate = router_class(config.router_type)(config, hidden_size, sparse_layer)
         self.experts: STMoEExperts | ModuleExperts
         extra = config.ffn_before or config.ffn_after or config.num_shared_experts
@@ -125,7 +126,7 @@ class SparseBlock(nn.Module):
             mask = torch.ones(groups, count // max(groups, 1), dtype=torch.bool, device=tokens.device)
         routing = self.gate(tokens, mask.to(tokens.device))
         if scope is not None:
-            scope.record(routing, self.gate.losses(routing) if scope.with_losses else {})
+            scope.record(routing, self.gate.losses(routing) if scope.with_losses else {}, self.sparse_layer)
         if self.training and (scope is None or scope.recording):
             self.gate.observe(tokens, routing)
         return self.gate.mix(self.experts, tokens, routing).view_as(hidden_states)

@@ -6,7 +6,7 @@ and the routing records therefore travel beside the call, in a scope that lives 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -25,8 +25,9 @@ class RoutingScope:
         positions: int64 [B, S], place of each token in its sequence, padding not counted; None if nobody asked.
         with_losses: whether sparse layers compute their router's losses.
         recording: False while activation checkpointing recomputes a layer, so that nothing is recorded twice.
-        records: one routing per sparse layer, in the order of the layers.
-        losses: one dictionary of losses per sparse layer, in the same order.
+        records: one routing per run of a sparse layer, in the order of the runs.
+        losses: one dictionary of losses per run, in the same order.
+        layers: position among the sparse layers, in the same order. Most families run each layer once per forward pass.
     """
 
     def __init__(
@@ -44,12 +45,21 @@ class RoutingScope:
         self.recording = recording
         self.records: list[Routing] = []
         self.losses: list[dict[str, torch.Tensor]] = []
+        self.layers: list[int] = []
 
-    def record(self, routing: Routing, losses: dict[str, torch.Tensor]) -> None:
-        """Keep one sparse layer's routing and losses."""
+    def record(self, routing: Routing, losses: dict[str, torch.Tensor], layer: int) -> None:
+        """Keep the routing and losses of one run of the sparse layer at this position."""
         if self.recording:
             self.records.append(routing)
             self.losses.append(losses)
+            self.layers.append(layer)
+
+    def mean_over_runs(self, values: Sequence[torch.Tensor], num_layers: int) -> list[torch.Tensor]:
+        """The mean over the runs of each sparse layer, of values that belong to `records`."""
+        runs: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
+        for layer, value in zip(self.layers, values, strict=True):
+            runs[layer].append(value)
+        return [torch.stack(each).mean(0) if len(each) > 1 else each[0] for each in runs]
 
     def for_recomputation(self) -> RoutingScope:
         """A scope with the same inputs and losses to compute, which keeps nothing."""

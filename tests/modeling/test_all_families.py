@@ -3,6 +3,7 @@
 import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ from benchmarks.families import (
     sparse_of,
     write_markdown,
 )
-from benchmarks.tiny_models import dense_model
+from benchmarks.tiny_models import dense_model, perturb
 from st_moe import STMoEModel, locate_ffns, prove_identity, upcycle
 from st_moe.configuration import REFUSED_FAMILIES, dense_model_types
 from st_moe.modeling.ffn import LAYOUTS
+from st_moe.modeling.routing import losses
 from st_moe.modeling.sparse_block import SparseBlock
 from tests.families import token_ids
 
@@ -107,6 +109,28 @@ def test_two_stacks_are_one_list_of_layers() -> None:
     names = [name for name, module in sparse.named_modules() if isinstance(module, SparseBlock)]
     assert names == ["model.L_module.layers.1.mlp", "model.H_module.layers.0.mlp"]
     assert prove_identity(dense, sparse).max_relative_difference <= TOLERANCE
+
+
+def test_losses_of_layers_that_are_run_several_times_are_means_over_the_runs() -> None:
+    """The first of them are run without gradients, so that losses of those alone would train no router."""
+    sparse = sparse_of(dense_of("hrm_text"))
+    perturb(sparse, seed=2)
+    gates = [block.gate for block in blocks(sparse)]
+    seen: dict[Any, list[Any]] = {gate: [] for gate in gates}
+    for gate in gates:
+        gate.register_forward_hook(lambda module, _, routing: seen[module].append(routing))
+    ids = token_ids(2, 8)
+    output = sparse.train()(input_ids=ids, labels=ids)
+    assert [len(seen[gate]) for gate in gates] == [4, 4, 2, 2]
+    for name in ("balance_loss", "router_z_loss"):
+        layers = [torch.stack([gate.losses(routing)[name] for routing in seen[gate]]).mean() for gate in gates]
+        assert torch.allclose(output.aux_losses[name], torch.stack(layers).mean(), rtol=1e-6)
+        first = torch.stack([gates[0].losses(seen[gates[0]][0])[name], layers[1], layers[2], layers[3]]).mean()
+        assert not torch.allclose(output.aux_losses[name], first, rtol=1e-6)
+    loads = [torch.stack([losses.expert_load(routing) for routing in seen[gate]]).mean(0) for gate in gates]
+    assert torch.allclose(output.expert_load, torch.stack(loads))
+    output.aux_loss.backward()
+    assert all(gate.weight.grad.abs().max() > 0 for gate in gates)
 
 
 def test_widths_that_differ_between_layers_are_kept() -> None:

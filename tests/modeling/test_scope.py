@@ -50,14 +50,23 @@ def test_a_failed_forward_pass_leaves_no_scope_behind() -> None:
 
 def test_records_in_order_and_only_while_recording() -> None:
     scope, first, second = RoutingScope(), a_routing(), a_routing()
-    scope.record(first, {})
-    scope.record(second, {"balance_loss": torch.ones(())})
+    scope.record(first, {}, 0)
+    scope.record(second, {"balance_loss": torch.ones(())}, 2)
+    assert scope.layers == [0, 2]
     assert scope.records[0] is first
     assert scope.records[1] is second
     assert scope.losses == [{}, {"balance_loss": torch.ones(())}]
     silent = RoutingScope(recording=False)
-    silent.record(first, {})
+    silent.record(first, {}, 0)
     assert silent.records == []
+
+
+def test_runs_of_a_layer_are_averaged() -> None:
+    scope, values = RoutingScope(), torch.tensor([[1.0, 5.0], [2.0, 0.0], [4.0, 1.0], [7.0, 7.0]])
+    for layer in (1, 0, 1, 2):
+        scope.record(a_routing(), {}, layer)
+    means = scope.mean_over_runs(list(values), 3)
+    assert torch.equal(torch.stack(means), torch.tensor([[2.0, 0.0], [2.5, 3.0], [7.0, 7.0]]))
 
 
 # Masks.
@@ -129,7 +138,7 @@ def test_recomputation_sees_its_own_mask_and_records_nothing() -> None:
         scope = active_scope()
         assert scope is not None
         seen.append((scope.token_mask, scope.recording))
-        scope.record(a_routing(), {})
+        scope.record(a_routing(), {}, 0)
         return (x * scale).sin()
 
     checkpointed = checkpoint_in_scope(lambda f, *args, **kw: checkpoint(f, *args, use_reentrant=False, **kw))
