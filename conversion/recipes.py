@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from st_moe.modeling.ffn import FFNLocation
 
 
+# Elements that are drawn at a time, so that what is drawn takes no more memory than what it is for.
+_PIECE = 2**18
+
+
 class FFNTensors(NamedTuple):
     """Weights of one dense FFN, or with a leading E of all experts of a layer.
 
@@ -87,10 +91,10 @@ def noise(
     scale, fraction = _checked("scale", scale), _checked("fraction", fraction)
     experts = _copies(sources[0], num_experts)
     for weight in experts[:2]:
-        for expert in weight:
-            draw = torch.randn(expert.shape, generator=generator) * scale
-            chosen = torch.rand(expert.shape, generator=generator) < fraction
-            expert += (draw * chosen).to(expert)
+        for piece in weight.flatten().split(_PIECE):
+            draw = torch.randn(piece.shape, generator=generator).mul_(scale)
+            draw.mul_(torch.rand(piece.shape, generator=generator) < fraction)
+            piece += draw.to(piece)
     return LayerTensors(experts)
 
 
@@ -126,9 +130,10 @@ def drop(
         neurons = drawn()
         for number, matrix in enumerate((*w_in.split(width), w_out.t())):
             neurons = neurons if shared_set or number == 0 else drawn()
-            replaced = matrix[neurons].float()
-            draw = torch.randn(replaced.shape, generator=generator).to(replaced)
-            matrix[neurons] = (replaced.mean() + replaced.std() * draw).to(matrix)
+            std, mean = torch.std_mean(matrix[neurons].float())
+            for rows in neurons.split(max(1, _PIECE // matrix.shape[1])):
+                draw = torch.randn(len(rows), matrix.shape[1], generator=generator).to(mean.device)
+                matrix[rows] = draw.mul_(std).add_(mean).to(matrix)
     return LayerTensors(experts)
 
 
@@ -271,11 +276,9 @@ def merge(
     _checked("rest", rest)
     _check_models(num_experts, len(sources))
     experts = _each(sources[0], lambda tensor: tensor.new_empty(num_experts, *tensor.shape))
-    # Model by model: a source may be read only now, and be gone when the next one is.
-    for number, source in enumerate(sources):
-        for whole, tensor in zip(experts, source, strict=True):
-            if whole is not None and tensor is not None:
-                whole[number :: len(sources)] = tensor
+    # Model by model: a source may be read only now, and nothing here keeps it when the next one is.
+    for number in range(len(sources)):
+        _put(experts, slice(number, None, len(sources)), sources[number])
     return LayerTensors(experts)
 
 
@@ -414,6 +417,13 @@ def _copies(ffn: FFNTensors, count: int) -> FFNTensors:
 def _each(ffn: FFNTensors, function: Callable[[Tensor], Tensor]) -> FFNTensors:
     """An FFN with a function applied to the tensors that it has."""
     return FFNTensors(*(None if tensor is None else function(tensor) for tensor in ffn))  # type: ignore[arg-type]
+
+
+def _put(experts: FFNTensors, which: slice, ffn: FFNTensors) -> None:
+    """Make some of the experts copies of an FFN."""
+    for whole, tensor in zip(experts, ffn, strict=True):
+        if whole is not None and tensor is not None:
+            whole[which] = tensor
 
 
 def _width(ffn: FFNTensors) -> int:
