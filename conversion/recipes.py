@@ -130,9 +130,13 @@ def drop(
         neurons = drawn()
         for number, matrix in enumerate((*w_in.split(width), w_out.t())):
             neurons = neurons if shared_set or number == 0 else drawn()
-            std, mean = torch.std_mean(matrix[neurons].float())
-            for rows in neurons.split(max(1, _PIECE // matrix.shape[1])):
-                draw = torch.randn(len(rows), matrix.shape[1], generator=generator).to(mean.device)
+            pieces = neurons.split(max(1, _PIECE // matrix.shape[1]))
+            size = len(neurons) * matrix.shape[1]
+            mean = torch.stack([matrix[rows].double().sum() for rows in pieces]).sum() / size
+            spread = torch.stack([(matrix[rows].double() - mean).square().sum() for rows in pieces]).sum()
+            std = (spread / max(1, size - 1)).sqrt()
+            for rows in pieces:
+                draw = torch.randn(len(rows), matrix.shape[1], generator=generator).to(matrix.device)
                 matrix[rows] = draw.mul_(std).add_(mean).to(matrix)
     return LayerTensors(experts)
 
