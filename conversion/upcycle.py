@@ -22,7 +22,7 @@ from st_moe.conversion.router_init import Text, check_router_init, initialise_ro
 from st_moe.modeling import STMoEModel, family_of, locate_ffns
 from st_moe.modeling.experts import ModuleExperts
 from st_moe.modeling.families import KINDS, dense_auto_class
-from st_moe.modeling.ffn import FFNLocation
+from st_moe.modeling.ffn import FFNLocation, check_sparse_layers
 from st_moe.modeling.modeling_st_moe import STMoEPreTrainedModel
 from st_moe.modeling.routing import Router
 from st_moe.modeling.sparse_block import DenseFFN, SparseBlock
@@ -231,10 +231,9 @@ def mixture_config_of(
     config = STMoEConfig.from_dense(dense_config, **{k: v for k, v in mixture_fields.items() if k != _SHARED_GATE})
     chosen = RECIPES[recipe]
     derived: dict[str, Any] = {}
+    check_sparse_layers(locations, config.sparse_layer_indices)
     for index in config.sparse_layer_indices:
         ffn = locations[index]
-        if ffn.storage == "none":
-            raise ValueError(f"sparse_layers: {ffn.describe()}")
         if ffn.storage == "modules" and recipe != "copy":
             raise ValueError(f"recipe: {recipe!r} needs FFNs that 3-D tensors can hold, but {ffn.reason}")
         follows = {"moe_intermediate_size": None}

@@ -128,6 +128,7 @@ def _derive(
         "dense_class": dense,
         "forward": forward,
         "positional_names": names[1:],
+        "dense_arguments": {name: False for name in ("output_router_logits",) if name in signature.parameters},
         # Guessed by the host from the source of the class's module: ask the dense class about its own.
         "_can_set_attn_implementation_cached_value": dense._can_set_attn_implementation(),
     }
