@@ -394,7 +394,7 @@ class STMoEConfig(PreTrainedConfig):
         """Number of parameters of the model with its language-model head; nothing is allocated.
 
         Args:
-            active: count only what one token uses: K of the E experts of each sparse layer.
+            active: count only what one token uses: K of the E experts of each layer that has some.
         """
         # Counted on the host's Auto class over meta tensors, so any dense family is counted by its own code.
         import torch
@@ -405,11 +405,22 @@ class STMoEConfig(PreTrainedConfig):
         total = sum(parameter.numel() for parameter in model.parameters())
         if not active:
             return total
-        for (experts, choices), block in zip(self.layer_sizes, model.base_model.sparse_blocks, strict=True):
-            in_experts = sum(parameter.numel() for parameter in block.experts.parameters())
+        sizes = [*self.layer_sizes, *self.native_sizes(model).values()]
+        blocks = [block.experts for block in model.base_model.sparse_blocks]
+        modules = [*blocks, *(model.get_submodule(name) for name in self.native_sizes(model))]
+        for (experts, choices), module in zip(sizes, modules, strict=True):
+            in_experts = sum(parameter.numel() for parameter in module.parameters())
             # Exact: experts are alike, so their sum is a multiple of E.
             total -= in_experts - in_experts * choices // experts
         return total
+
+    def native_sizes(self, model: Any) -> dict[str, tuple[int, int]]:
+        """E and K of the experts that the family has of its own in a model of this config, by their modules' names."""
+        choices = getattr(self.dense_config(), "num_experts_per_tok", None) if self.native_fields else None
+        ours = {id(block.experts) for block in model.base_model.sparse_blocks}
+        named = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"]
+        stacked = {name: len(next(module.parameters())) for name, module in named if id(module) not in ours}
+        return {name: (experts, choices) for name, experts in stacked.items() if choices}
 
     def validate_mixture(self) -> None:
         """Part of the host's strict validation, run at construction and at save time."""

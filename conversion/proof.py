@@ -101,7 +101,8 @@ def prove_identity(
 
 def _predicts_tokens(model: PreTrainedModel) -> bool:
     """Whether a model's [B, S, ...] outputs are logits of the next token, not of labels, nor hidden states."""
-    return not (type(model).__name__.endswith("ForTokenClassification") or model.base_model is model)
+    headless = model.base_model is model and model.get_output_embeddings() is None
+    return not (type(model).__name__.endswith("ForTokenClassification") or headless)
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from benchmarks.families import generated
 from benchmarks.tiny_models import dense_model, perturb, tiny_config
 from st_moe import STMoEConfig, STMoEForCausalLM, locate_ffns, upcycle
 from st_moe.configuration import REFUSED_FAMILIES, family_config
+from st_moe.finetune.costs import count_costs
 from st_moe.modeling.sparse_block import SparseBlock
 from tests.families import TOLERANCE, relative_difference, token_ids
 
@@ -33,7 +34,7 @@ DENSE_LAYER = {"qwen3_moe": 1, "deepseek_v3": 0}
 #: Fields that a model needs and that have no default.
 NO_DEFAULT: dict[str, dict[str, int]] = {
     "hunyuan_v1_moe": {"head_dim": 128},
-    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 64}
+    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256}
     | {"indexer_budget": 64, "indexer_compress_ratio": 8},
 }
 FIELDS = {"num_experts": 3, "num_experts_per_tok": 1, "moe_intermediate_size": None, "norm_topk_prob": True}
@@ -208,6 +209,24 @@ def test_what_is_switched_reaches_every_module(family: str) -> None:
     assert relative_difference(logits_of(sparse, token_ids()), expected) <= TOLERANCE
     output = sparse(input_ids=token_ids(), output_attentions=True)
     assert len(output.attentions) == 3
+
+
+def test_active_parameters_count_the_choices_of_either_kind() -> None:
+    dense = dense_of("qwen3_moe")
+    config = sparse_of(dense).config
+    one = 3 * 32 * 16
+    assert config.native_sizes(STMoEForCausalLM(config)) == {
+        f"model.layers.{layer}.mlp.experts": (4, 2) for layer in (0, 2)
+    }
+    assert dense.num_parameters() == config.num_parameters() - 2 * 3 * 32 * 48 - 3 * 32
+    unused = 2 * (4 - 2) * one + (3 - 1) * 3 * 32 * 48
+    assert config.num_parameters(active=True) == config.num_parameters() - unused
+    costs = count_costs(config)
+    assert (costs.total, costs.active) == (config.num_parameters(), config.num_parameters(active=True))
+    assert [part.kind for part in costs.parts] == ["", "native", "sparse", "native"]
+    native = costs.parts[1]
+    attention = 32 * 32 * 2 + 32 * 16 * 2
+    assert native.matmul == 2 * one + 4 * 32 + attention
 
 
 def test_classifiers_have_native_layers_too(tmp_path: Path) -> None:
