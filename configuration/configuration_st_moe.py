@@ -472,8 +472,12 @@ class STMoEConfig(PreTrainedConfig):
     def _native_faults(cls, native: Mapping[str, Any] | None) -> list[str]:
         """Faults of `native_fields`: names that the family does not share with the mixture, values that it refuses."""
         shared = cls.shared_names()
-        known = f"fields that {cls.dense_model_type!r} shares with the mixture ({', '.join(shared) or 'none'})"
-        faults = [f"native_fields: must name {known}, got {name!r}" for name in native or () if name not in shared]
+        family, names = cls.dense_model_type, ", ".join(shared) or "none"
+        faults = [
+            f"native_fields: must name fields that {family!r} shares with the mixture ({names}), got {name!r}"
+            for name in native or ()
+            if name not in shared
+        ]
         given = {name: value for name, value in (native or {}).items() if name in shared}
         reasons = {name: _type_fault(cls.dense_config_class, name, value) for name, value in given.items()}
         return faults + [f"native_fields: {name} {reason}" for name, reason in reasons.items() if reason]

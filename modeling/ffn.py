@@ -178,10 +178,11 @@ def check_sparse_layers(locations: Sequence[FFNLocation], indices: Sequence[int]
         ValueError: naming the first such layer, the reason, and the layers that can be sparse.
     """
     fault = next((locations[index] for index in indices if locations[index].storage == "none"), None)
+    able = [ffn.layer for ffn in locations if ffn.storage != "none"]
+    if fault is not None and able:
+        raise ValueError(f"sparse_layers: {fault.describe()}; the layers that can be are sparse_layers={able}")
     if fault is not None:
-        able = [ffn.layer for ffn in locations if ffn.storage != "none"]
-        hint = f"the layers that can be are sparse_layers={able}" if able else "no other layer can be either"
-        raise ValueError(f"sparse_layers: {fault.describe()}; {hint}")
+        raise ValueError(f"sparse_layers: {fault.describe()}; no other layer can be either")
 
 
 def _row_of(module: nn.Module) -> FFNLayout | None:
