@@ -51,7 +51,10 @@ IMAGE_MODELS: dict[str, Any] = {
     "ijepa": AutoModelForImageClassification,
     "imagegpt": AutoModelForImageClassification,
     "vit_msn": AutoModelForImageClassification,
-    # Its classifier is a part of a composite of two models: the vision tower alone can be sparse.
+    # Classifiers of composites, on their vision towers; and such a tower alone.
+    "siglip": AutoModelForImageClassification,
+    "clip": AutoModelForImageClassification,
+    "metaclip_2": AutoModelForImageClassification,
     "siglip_vision_model": AutoModel,
 }
 #: Encoders that are in Transformers' causal-LM mapping and not in its masked-LM mapping.
@@ -119,6 +122,8 @@ def category_of(family: str) -> str:
     config_class = CONFIG_MAPPING[family]
     if config_class.model_type != family:
         return "alias"
+    if family in IMAGE_MODELS:
+        return "image model"
     refusal = refusal_of(family)
     if "composite" in refusal:
         return "composite"
@@ -126,8 +131,6 @@ def category_of(family: str) -> str:
         return "mixture"
     if family not in DENSE_UNLESS_ASKED and not refusal and family_config(family).shared_names():
         return "mixture"
-    if family in IMAGE_MODELS:
-        return "image model"
     fields = config_class.__dataclass_fields__
     if {"decoder_layers", "num_decoder_layers"} & fields.keys():
         return "seq2seq decoder"
@@ -141,7 +144,8 @@ def measure(family: str) -> Row:
     config_class = CONFIG_MAPPING[family]
     if config_class.model_type != family:
         return Row(family, "alias", reason=f"another name of {config_class.model_type}")
-    refusal = refusal_of(family)
+    # Of some composites the image classifier can be sparse, though they cannot as a whole.
+    refusal = "" if family in IMAGE_MODELS else refusal_of(family)
     if refusal:
         return Row(family, category_of(family), reason=refusal)
     try:

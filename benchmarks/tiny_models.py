@@ -71,11 +71,14 @@ GENERIC: Mapping[str, Any] = {
 _LOCAL_AND_GLOBAL = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"]}
+_VISION = {name: GENERIC[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+_VISION |= {name: GENERIC[name] for name in ("intermediate_size", "image_size", "patch_size")}
 _LATENT = {"num_key_value_heads": HEADS}
 _GEMMA_4 = {**_LOCAL_AND_GLOBAL, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
 
 #: What single families name differently, or what makes a tiny model exercise the family's own ways.
 OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
+    **{family: {"vision_config": _VISION} for family in ("siglip", "clip", "metaclip_2")},
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32"), _LATENT),
     **dict.fromkeys(("dots3_note_text", "glm4_moe_lite", "glm_moe_dsa"), _LATENT),
     "bailing_hybrid": _LATENT | _LINEAR_AND_FULL,

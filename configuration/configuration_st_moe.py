@@ -40,6 +40,9 @@ FFN_ATTRIBUTES = (
     "shared_transformer.feed_forward",
 )
 
+#: The part of a composite's config that its image classifier runs.
+VISION_PART = "vision_config"
+
 # Where num_hidden_layers does not count the layers with an FFN: the field that does, and how many stacks it is for.
 _LAYER_COUNTS: Mapping[str, int] = {"decoder_layers": 1, "num_decoder_layers": 1, "num_layers_per_stack": 2}
 
@@ -179,6 +182,7 @@ class STMoEConfig(PreTrainedConfig):
         "router_aux_loss_coef": "balance_loss_coef",
     }
     dense_config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
+    whole_config_class: ClassVar[type[PreTrainedConfig] | None] = None
 
     dense_model_type: str = "llama"
     num_experts: int | list[int] | tuple[int, ...] = 8
@@ -313,6 +317,12 @@ class STMoEConfig(PreTrainedConfig):
         fields = {k: v for k, v in self.to_dict().items() if k not in own | {"model_type", "architectures"}}
         return self.dense_config_class(**{**fields, **copy.deepcopy(self.native_fields or {})})
 
+    def whole_config(self) -> PreTrainedConfig:
+        """Config of the composite whose image classifier runs the dense parent as its vision tower."""
+        assert self.whole_config_class is not None
+        fields = {name: getattr(self, name) for name in _fields_around(self.whole_config_class)}
+        return self.whole_config_class(**fields, **{VISION_PART: self.dense_config()})
+
     @classmethod
     def shared_names(cls) -> list[str]:
         """Fields of the family whose names fields here take: its own experts' numbers, in a model with such layers."""
@@ -391,17 +401,18 @@ class STMoEConfig(PreTrainedConfig):
         return plan or None
 
     def num_parameters(self, active: bool = False) -> int:
-        """Number of parameters of the model with its language-model head; nothing is allocated.
+        """Number of parameters of the model with its head, of language or else of images; nothing is allocated.
 
         Args:
             active: count only what one token uses: K of the E experts of each layer that has some.
         """
         # Counted on the host's Auto class over meta tensors, so any dense family is counted by its own code.
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 
+        kinds: Any = (AutoModelForCausalLM, AutoModelForImageClassification, AutoModel)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self)
+            model = next(auto for auto in kinds if type(self) in auto._model_mapping).from_config(self)
         total = sum(parameter.numel() for parameter in model.parameters())
         if not active:
             return total
@@ -572,6 +583,37 @@ def dense_model_types() -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+@lru_cache
+def _wholes() -> dict[type[PreTrainedConfig], type[PreTrainedConfig]]:
+    """Config classes of vision towers, each with that of the composite that has an image classifier on it."""
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+    wholes = {whole.sub_configs.get(VISION_PART): whole for whole in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING}
+    return {part: whole for part, whole in wholes.items() if getattr(part, "base_config_key", "") == VISION_PART}
+
+
+def _fields_around(whole: type[PreTrainedConfig]) -> set[str]:
+    """Fields of a composite's config that are not those of one of its parts."""
+    return {field.name for field in dataclasses.fields(whole)} - {*whole.sub_configs, "architectures"}
+
+
+def dense_config_of(config: PreTrainedConfig, head: str) -> PreTrainedConfig:
+    """Config of the dense family that a model is of; of a composite's image classifier, the vision tower's and labels.
+
+    Args:
+        config: the model's.
+        head: name of its class.
+    """
+    part = getattr(config, VISION_PART, None)
+    if not head.endswith("ForImageClassification") or _wholes().get(type(part)) is not type(config):
+        return config
+    flat = copy.deepcopy(part)
+    own = type(part).__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+    for name in _fields_around(type(config)) - own:
+        setattr(flat, name, copy.deepcopy(getattr(config, name)))
+    return flat
+
+
 def _is_composite(config_class: type[PreTrainedConfig]) -> bool:
     """Whether a config holds those of other models, not just those of its own parts, which have no model_type."""
     return any(getattr(part, "model_type", None) != "" for part in config_class.sub_configs.values())
@@ -619,6 +661,10 @@ def family_config(dense_model_type: str) -> type[STMoEConfig]:
     if initializer_range is not None:
         defaults["initializer_range"] = initializer_range
     annotations = {name: _annotation(name, dense) for name in defaults}
+    whole = _wholes().get(dense) if dense.base_config_key == VISION_PART else None
+    for name in _fields_around(whole) - dense.__dataclass_fields__.keys() if whole else ():
+        field = whole.__dataclass_fields__[name]
+        defaults[name], annotations[name] = field.default, field.type
     # A field of the family that is another name of a field of ours is no field of its own any more.
     aliases = STMoEConfig.attribute_map.keys() & dense.__dataclass_fields__.keys()
     annotations |= dict.fromkeys(aliases, ClassVar[Any])
@@ -635,8 +681,12 @@ def family_config(dense_model_type: str) -> type[STMoEConfig]:
             {*getattr(dense, "keys_to_ignore_at_inference", ()), *STMoEConfig.keys_to_ignore_at_inference}
         ),
         "dense_config_class": dense,
+        "whole_config_class": whole,
         **defaults,
     }
+    if whole is not None:
+        # The composite's code asks its config for the part's, which is flat here.
+        namespace[VISION_PART] = property(lambda self: self)
     cls: type[STMoEConfig] = strict(type("STMoEConfig", (STMoEConfig, dense), namespace))
     _FAMILIES[dense_model_type] = cls
     for listener in _NEW_FAMILY_LISTENERS:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from st_moe.configuration import STMoEConfig
+from st_moe.configuration import STMoEConfig, dense_config_of
 from st_moe.conversion.checkpoint import check_checkpoint, dense_config
 from st_moe.conversion.merge import check_compatible, merged
 from st_moe.conversion.proof import IdentityProof, prove_identity
@@ -94,7 +94,8 @@ def upcycle(
     model = models[0]
     model_class = sparse_class(model)
     locations = locate_ffns(model)
-    config = mixture_config_of(model.config, locations, recipe, options, mixture_fields)
+    own = dense_config_of(model.config, type(model).__name__)
+    config = mixture_config_of(own, locations, recipe, options, mixture_fields)
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         sparse = model_class(config)
@@ -198,7 +199,7 @@ def sparse_class(dense: PreTrainedModel) -> type[STMoEPreTrainedModel]:
         raise ValueError(f"dense: must be a Transformers model, a folder or a Hub name, got {type(dense).__name__}")
     if getattr(dense, "hf_quantizer", None) is not None:
         raise ValueError("dense: must not be quantised; load it without quantization_config and quantise the mixture")
-    family = family_of(dense.config.model_type)
+    family = family_of(dense_config_of(dense.config, type(dense).__name__).model_type)
     for public, _, _ in KINDS:
         found = getattr(family, public.__name__, None)
         if found is not None and found.dense_class is type(dense):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from st_moe.configuration import FFN_ATTRIBUTES, num_ffn_layers
+from st_moe.configuration import FFN_ATTRIBUTES, dense_config_of, num_ffn_layers
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     Raises:
         ValueError: when these are not as many as the config says.
     """
-    count = num_ffn_layers(model.config)
+    count = num_ffn_layers(dense_config_of(model.config, type(model).__name__))
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inner = any(name.startswith(f"{outer}.") for outer in stacks)

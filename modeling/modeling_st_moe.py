@@ -57,6 +57,9 @@ class STMoEPreTrainedModel(PreTrainedModel):
     #: The dense family's class that a family's class derives from; None on the public classes.
     dense_class: ClassVar[type[PreTrainedModel] | None] = None
 
+    #: Whether the dense class is the image classifier of a composite, on its vision tower.
+    part_of_whole: ClassVar[bool] = False
+
     #: What every call of the dense forward pass is given: its own router logits, and their loss, stay off.
     dense_arguments: ClassVar[Mapping[str, Any]] = {}
 
@@ -105,10 +108,10 @@ class STMoEPreTrainedModel(PreTrainedModel):
 
     def _build_dense(self, config: STMoEConfig) -> None:
         """Construct the dense skeleton; layers with experts of their own are built from the family's own config."""
-        if not config.shared_names():
+        if not (config.shared_names() or self.part_of_whole):
             super().__init__(config)
             return
-        skeleton = config.dense_config()
+        skeleton = self.dense_parent_config(config)
         skeleton._attn_implementation_internal = config._attn_implementation
         skeleton._experts_implementation_internal = config._experts_implementation
         super().__init__(skeleton)
@@ -118,6 +121,11 @@ class STMoEPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if getattr(module, "config", None) is skeleton:
                 module.config = config  # type: ignore[assignment]
+
+    @classmethod
+    def dense_parent_config(cls, config: STMoEConfig) -> PreTrainedConfig:
+        """Config of the dense class that this class derives from; of a composite, where that has the head."""
+        return config.whole_config() if cls.part_of_whole else config.dense_config()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Copies and unpickled models are made without a call of the constructor.
