@@ -319,9 +319,9 @@ class STMoEConfig(PreTrainedConfig):
 
     def whole_config(self) -> PreTrainedConfig:
         """Config of the composite whose image classifier runs the dense parent as its vision tower."""
-        assert self.whole_config_class is not None
-        fields = {name: getattr(self, name) for name in _fields_around(self.whole_config_class)}
-        return self.whole_config_class(**fields, **{VISION_PART: self.dense_config()})
+        whole: Any = self.whole_config_class
+        fields = {name: getattr(self, name) for name in _fields_around(whole)}
+        return whole(**fields, **{VISION_PART: self.dense_config()})
 
     @classmethod
     def shared_names(cls) -> list[str]:
@@ -583,13 +583,14 @@ def dense_model_types() -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-@lru_cache
-def _wholes() -> dict[type[PreTrainedConfig], type[PreTrainedConfig]]:
-    """Config classes of vision towers, each with that of the composite that has an image classifier on it."""
+def _whole_of(part: type[PreTrainedConfig]) -> type[PreTrainedConfig] | None:
+    """Config class of the composite that has an image classifier on a vision tower of this config class, or None."""
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
-    wholes = {whole.sub_configs.get(VISION_PART): whole for whole in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING}
-    return {part: whole for part, whole in wholes.items() if getattr(part, "base_config_key", "") == VISION_PART}
+    if getattr(part, "base_config_key", "") != VISION_PART:
+        return None
+    wholes = (whole for whole in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if whole.sub_configs.get(VISION_PART) is part)
+    return next(wholes, None)
 
 
 def _fields_around(whole: type[PreTrainedConfig]) -> set[str]:
@@ -604,11 +605,10 @@ def dense_config_of(config: PreTrainedConfig, head: str) -> PreTrainedConfig:
         config: the model's.
         head: name of its class.
     """
-    part = getattr(config, VISION_PART, None)
-    if not head.endswith("ForImageClassification") or _wholes().get(type(part)) is not type(config):
+    flat: Any = copy.deepcopy(getattr(config, VISION_PART, None))
+    if not head.endswith("ForImageClassification") or _whole_of(type(flat)) is not type(config):
         return config
-    flat = copy.deepcopy(part)
-    own = type(part).__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+    own = type(flat).__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
     for name in _fields_around(type(config)) - own:
         setattr(flat, name, copy.deepcopy(getattr(config, name)))
     return flat
@@ -656,21 +656,11 @@ def family_config(dense_model_type: str) -> type[STMoEConfig]:
     if dense_model_type in _FAMILIES:
         return _FAMILIES[dense_model_type]
     dense = _dense_config_class(dense_model_type)
-    defaults: dict[str, Any] = {"dense_model_type": dense_model_type, **_SMALL_DEFAULTS.get(dense_model_type, {})}
-    initializer_range = getattr(dense, "initializer_range", None)
-    if initializer_range is not None:
-        defaults["initializer_range"] = initializer_range
-    annotations = {name: _annotation(name, dense) for name in defaults}
-    whole = _wholes().get(dense) if dense.base_config_key == VISION_PART else None
-    for name in _fields_around(whole) - dense.__dataclass_fields__.keys() if whole else ():
-        field = whole.__dataclass_fields__[name]
-        defaults[name], annotations[name] = field.default, field.type
-    # A field of the family that is another name of a field of ours is no field of its own any more.
-    aliases = STMoEConfig.attribute_map.keys() & dense.__dataclass_fields__.keys()
-    annotations |= dict.fromkeys(aliases, ClassVar[Any])
+    whole = _whole_of(dense)
+    defaults, annotations = _family_fields(dense, whole)
     taken = {*MIXTURE_FIELDS, *STMoEConfig.attribute_map} - {"initializer_range"}
     renamed = {name: field for name, field in dense.attribute_map.items() if not {name, field} & taken}
-    namespace = {
+    namespace: dict[str, Any] = {
         "__module__": __name__,
         "__qualname__": f"{dense_model_type}.STMoEConfig",
         "__annotations__": annotations,
@@ -692,6 +682,24 @@ def family_config(dense_model_type: str) -> type[STMoEConfig]:
     for listener in _NEW_FAMILY_LISTENERS:
         listener(cls)
     return cls
+
+
+def _family_fields(
+    dense: type[PreTrainedConfig], whole: type[PreTrainedConfig] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Defaults and annotations of a family's class beyond those that it inherits; `whole` as in `_whole_of`."""
+    defaults: dict[str, Any] = {"dense_model_type": dense.model_type, **_SMALL_DEFAULTS.get(dense.model_type, {})}
+    initializer_range = getattr(dense, "initializer_range", None)
+    if initializer_range is not None:
+        defaults["initializer_range"] = initializer_range
+    annotations = {name: _annotation(name, dense) for name in defaults}
+    if whole is not None:
+        for name in _fields_around(whole) - dense.__dataclass_fields__.keys():
+            field = whole.__dataclass_fields__[name]
+            defaults[name], annotations[name] = field.default, field.type
+    # A field of the family that is another name of a field of ours is no field of its own any more.
+    aliases = STMoEConfig.attribute_map.keys() & dense.__dataclass_fields__.keys()
+    return defaults, annotations | dict.fromkeys(aliases, ClassVar[Any])
 
 
 def _annotation(name: str, dense: type[PreTrainedConfig]) -> Any:
