@@ -462,13 +462,17 @@ class _Head(STMoEPreTrainedModel):
     output_class: ClassVar[type[ModelOutput]]
     positional_names: ClassVar[tuple[str, ...]] = ()
 
+    def _base_name(self) -> str:
+        """Name under which the dense class holds its base model; the prefix may be that of a composite (Llama 4)."""
+        models = [name for name, child in self.named_children() if isinstance(child, PreTrainedModel)]
+        if hasattr(self, self.base_model_prefix) or len(models) != 1:
+            return self.base_model_prefix
+        return models[0]
+
     def _make_sparse(self, config: STMoEConfig) -> None:
         from st_moe.modeling.families import family_of
 
-        if not hasattr(self, self.base_model_prefix):
-            # Named for a composite that this head is a part of elsewhere (Llama 4).
-            children = self.named_children()
-            self.base_model_prefix = next(name for name, child in children if isinstance(child, PreTrainedModel))
+        self.base_model_prefix = self._base_name()
         dense_base = getattr(self, self.base_model_prefix)
         base = family_of(config.dense_model_type).base_class(type(dense_base))(config)
         for name in list(base._modules):
