@@ -51,9 +51,16 @@ IMAGE_MODELS: dict[str, Any] = {
     "ijepa": AutoModelForImageClassification,
     "imagegpt": AutoModelForImageClassification,
     "vit_msn": AutoModelForImageClassification,
-    # Its classifier is a part of a composite of two models: the vision tower alone can be sparse.
+    # Classifiers of composites, on their vision towers; and such a tower alone.
+    "siglip": AutoModelForImageClassification,
+    "clip": AutoModelForImageClassification,
+    "metaclip_2": AutoModelForImageClassification,
     "siglip_vision_model": AutoModel,
 }
+#: Encoders that are in Transformers' causal-LM mapping and not in its masked-LM mapping.
+ENCODERS = ("bert-generation",)
+#: Dense decoders whose config can also give them experts of their own; every other one with such fields is a mixture.
+DENSE_UNLESS_ASKED = ("doge", "gemma4_text", "nemotron_h")
 FAMILIES: tuple[str, ...] = (*sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *IMAGE_MODELS)
 
 _START, _END = "<!-- table of benchmarks.families -->", "<!-- end of the table -->"
@@ -101,21 +108,33 @@ class Row(NamedTuple):
 COLUMNS = ("family", "category", "sparse layers", "FFN", "experts", "logits", "round trip", "generation", "reason")
 
 
-def category_of(family: str, refusal: str = "") -> str:
+def refusal_of(family: str) -> str:
+    """Why no mixture can be made from a family whatever its config says, or ""."""
+    try:
+        family_config(family)
+    except ValueError as error:
+        return str(error).removeprefix("dense_model_type: ")
+    return ""
+
+
+def category_of(family: str) -> str:
     """What kind of model an entry of the mapping is."""
     config_class = CONFIG_MAPPING[family]
     if config_class.model_type != family:
         return "alias"
-    if "composite" in refusal:
-        return "composite"
-    if "already has" in refusal:
-        return "mixture"
     if family in IMAGE_MODELS:
         return "image model"
+    refusal = refusal_of(family)
+    if "composite" in refusal:
+        return "composite"
+    if "experts of its own" in refusal:
+        return "mixture"
+    if family not in DENSE_UNLESS_ASKED and not refusal and family_config(family).shared_names():
+        return "mixture"
     fields = config_class.__dataclass_fields__
     if {"decoder_layers", "num_decoder_layers"} & fields.keys():
         return "seq2seq decoder"
-    if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES or "is_decoder" in fields:
+    if family in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *ENCODERS):
         return "encoder with LM head"
     return "refused decoder" if family in REFUSED_FAMILIES else "dense decoder"
 
@@ -125,11 +144,10 @@ def measure(family: str) -> Row:
     config_class = CONFIG_MAPPING[family]
     if config_class.model_type != family:
         return Row(family, "alias", reason=f"another name of {config_class.model_type}")
-    try:
-        family_config(family)
-    except ValueError as error:
-        refusal = str(error).removeprefix("dense_model_type: ")
-        return Row(family, category_of(family, refusal), reason=refusal)
+    # Of some composites the image classifier can be sparse, though they cannot as a whole.
+    refusal = "" if family in IMAGE_MODELS else refusal_of(family)
+    if refusal:
+        return Row(family, category_of(family), reason=refusal)
     try:
         return _measured(family)
     except Exception as error:  # noqa: BLE001 -- one family's fault is a row of the table, not its end

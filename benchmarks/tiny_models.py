@@ -49,6 +49,19 @@ GENERIC: Mapping[str, Any] = {
     "mamba_d_head": 8,
     "mamba_d_state": 8,
     "mamba_chunk_size": 8,
+    # Families with experts of their own: few and small ones, in all layers but the first.
+    "n_routed_experts": 4,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "mlp_only_layers": [0],
+    "mlp_layer_types": ["dense", "sparse"],
     # Images.
     "image_size": 16,
     "patch_size": 4,
@@ -58,10 +71,17 @@ GENERIC: Mapping[str, Any] = {
 _LOCAL_AND_GLOBAL = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"]}
+_VISION = {name: GENERIC[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+_VISION |= {name: GENERIC[name] for name in ("intermediate_size", "image_size", "patch_size")}
+_LATENT = {"num_key_value_heads": HEADS}
 _GEMMA_4 = {**_LOCAL_AND_GLOBAL, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
 
 #: What single families name differently, or what makes a tiny model exercise the family's own ways.
 OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
+    **{family: {"vision_config": _VISION} for family in ("siglip", "clip", "metaclip_2")},
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32"), _LATENT),
+    **dict.fromkeys(("dots3_note_text", "glm4_moe_lite", "glm_moe_dsa"), _LATENT),
+    "bailing_hybrid": _LATENT | _LINEAR_AND_FULL,
     "bamba": {"attn_layer_indices": [1]},
     "bigbird_pegasus": {"attention_type": "original_full"},
     "codegen": {"rotary_dim": 4},
@@ -74,6 +94,7 @@ OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "ctrl": {"dff": WIDTH},
     "dinov2": {"mlp_ratio": 2},
     "dinov2_with_registers": {"mlp_ratio": 2},
+    "dots1": {"n_shared_experts": 1},
     "falcon_h1": {"mamba_d_ssm": 64, "mlp_multipliers": [0.5, 0.75]},
     "gemma2": _LOCAL_AND_GLOBAL,
     "gemma3_text": _LOCAL_AND_GLOBAL,
@@ -93,10 +114,16 @@ OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "gpt_bigcode": {"n_inner": WIDTH},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
     "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": _LINEAR_AND_FULL
+    | {"num_local_experts": 0, "shared_intermediate_size": WIDTH, "residual_multiplier": 0.7},
     "granite": {"logits_scaling": 2.0, "residual_multiplier": 0.7, "embedding_multiplier": 3.0},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "kimi_linear": _LATENT | _LINEAR_AND_FULL | {"linear_head_dim": 8, "linear_num_heads": HEADS},
+    "llama4_text": {"moe_layers": [1], "intermediate_size_mlp": WIDTH, "no_rope_layers": [1, 0]},
     "hrm_text": {"H_cycles": 2, "L_cycles": 2},
     "imagegpt": {"n_inner": WIDTH},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "minicpm3": {"num_key_value_heads": HEADS},
     "ministral": {"sliding_window": 6},
@@ -119,6 +146,7 @@ OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "olmo_hybrid": _LINEAR_AND_FULL,
     "opt": {"ffn_dim": WIDTH, "word_embed_proj_dim": HIDDEN},
     "qwen3_5_text": _LINEAR_AND_FULL,
+    "qwen3_next": _LINEAR_AND_FULL,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": HIDDEN},
     "roc_bert": {
         "pronunciation_embed_dim": 8,
@@ -152,7 +180,8 @@ def tiny_config(family: str, **fields: Any) -> PreTrainedConfig:
     config_class = CONFIG_MAPPING[family]
     known = set(config_class.__dataclass_fields__) | set(config_class.attribute_map)
     # A name that stands for another field gives way to that field.
-    aliased = {alias for alias, field in config_class.attribute_map.items() if alias in GENERIC and field in GENERIC}
+    fields_of = {field for field in config_class.__dataclass_fields__ if field in GENERIC}
+    aliased = {alias for alias, field in config_class.attribute_map.items() if field in fields_of}
     wanted = {name: value for name, value in GENERIC.items() if name in known - aliased}
     own: Mapping[str, Any] = OWN_FIELDS.get(family, {})
     if "num_hidden_layers" in fields:

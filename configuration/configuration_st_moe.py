@@ -5,6 +5,7 @@ dataclass. `STMoEConfig(dense_model_type="qwen3", ...)` returns an instance of t
 is checked by the family's own rules and generic code finds each field under the name it knows.
 """
 
+import copy
 import dataclasses
 import difflib
 import importlib.metadata
@@ -34,20 +35,16 @@ FFN_ATTRIBUTES = (
     "ffn.ffn",
     "ffn",
     "mlp_block",
+    "shared_mlp",
     "shared_transf.feed_forward",
     "shared_transformer.feed_forward",
 )
 
+#: The part of a composite's config that its image classifier runs.
+VISION_PART = "vision_config"
+
 # Where num_hidden_layers does not count the layers with an FFN: the field that does, and how many stacks it is for.
 _LAYER_COUNTS: Mapping[str, int] = {"decoder_layers": 1, "num_decoder_layers": 1, "num_layers_per_stack": 2}
-
-# Fields that say whether a family's model has experts of its own, each with the test that it has none. Then its mixture
-# fields say nothing, and ours take their names.
-_DENSE_SWITCHES: Mapping[str, Callable[[Any], bool]] = {
-    "is_moe": lambda value: not value,
-    "enable_moe_block": lambda value: not value,
-    "layers_block_type": lambda value: value is not None and "moe" not in value,
-}
 
 #: Families that no mixture can be made from, with the reason.
 REFUSED_FAMILIES: Mapping[str, str] = {
@@ -56,6 +53,15 @@ REFUSED_FAMILIES: Mapping[str, str] = {
     "reformer": "its layers are reversible: the backward pass runs them again, outside of the forward pass's routing",
     "xlnet": "its FFN adds the residual and normalises, on tokens ordered [S, B], which no token mask [B, S] fits",
     "zamba2": "its FFN is one for all layers with an adapter for each, chosen by an argument beside the tokens",
+    **dict.fromkeys(
+        (
+            *("aria_text", "dbrx", "deepseek_v4", "flex_olmo", "gpt_oss", "granitemoe", "granitemoe_swa"),
+            *("granitemoeshared", "hunyuan_v1_moe", "inkling2_text", "jetmoe", "kolibri1", "longcat_flash"),
+            *("minimax", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen3_5_moe_text", "qwen4_exp_text"),
+            *("solar_open", "zaya"),
+        ),
+        "each of its layers holds experts of its own",
+    ),
 }
 
 SecondExpertPolicy = Literal["all", "none", "threshold", "random"]
@@ -149,6 +155,8 @@ class STMoEConfig(PreTrainedConfig):
         ffn_before, ffn_after: an extra dense FFN with own norm and residual before / after each sparse FFN.
         num_shared_experts: experts that every token passes, as one FFN of that many times the expert width.
         shared_expert_gate: whether their output is scaled by a learnt sigmoid per token (Qwen2-MoE).
+        native_fields: of a family with experts of its own in other layers, its values of the fields whose names the
+            fields here take (`num_experts`, `moe_intermediate_size`, ...); those left out are the family's defaults.
         output_router_logits: whether outputs carry the router logits of each sparse layer.
         initializer_range: standard deviation of the router's (and a fresh expert's) initial weights.
 
@@ -174,6 +182,7 @@ class STMoEConfig(PreTrainedConfig):
         "router_aux_loss_coef": "balance_loss_coef",
     }
     dense_config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
+    whole_config_class: ClassVar[type[PreTrainedConfig] | None] = None
 
     dense_model_type: str = "llama"
     num_experts: int | list[int] | tuple[int, ...] = 8
@@ -229,6 +238,7 @@ class STMoEConfig(PreTrainedConfig):
     ffn_after: bool = False
     num_shared_experts: int = 0
     shared_expert_gate: bool = False
+    native_fields: dict[str, Any] | None = None
     output_router_logits: bool = False
     initializer_range: float | int = 0.02
     st_moe_version: str | None = None
@@ -269,14 +279,20 @@ class STMoEConfig(PreTrainedConfig):
         fields = {k: v for k, v in dense_config.to_dict().items() if k not in ("model_type", "architectures")}
         fields.pop("transformers_version", None)
         family = family_config(dense_config.model_type)
-        for name in _named_mixture_fields(type(dense_config)):
+        native = {name: copy.deepcopy(getattr(dense_config, name)) for name in family.shared_names()}
+        for name in native:
             fields.pop(name, None)
+            # Where the family keeps it under another name that is none of its fields.
+            stored = dense_config.attribute_map.get(name, name)
+            if stored not in family.dense_config_class.__dataclass_fields__:
+                fields.pop(stored, None)
         foreign = [name for name in fields if _nearest_field(name, family)]
         if foreign:
             # A saved config with these names could not be told from one with misspelt fields.
             logger.warning(f"Attributes of the dense config left out, too like mixture fields: {', '.join(foreign)}.")
         fields = {name: value for name, value in fields.items() if name not in foreign}
-        return cls(**{**fields, "dense_model_type": dense_config.model_type, **mixture_fields})
+        own = {"dense_model_type": dense_config.model_type, "native_fields": native or None}
+        return cls(**{**fields, **own, **mixture_fields})
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -295,11 +311,23 @@ class STMoEConfig(PreTrainedConfig):
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def dense_config(self) -> PreTrainedConfig:
-        """Config of the dense parent: the family's fields alone."""
+        """Config of the dense parent: the family's fields alone, `native_fields` under their own names."""
         dense = {f.name for f in dataclasses.fields(self.dense_config_class)}
-        own = set(MIXTURE_FIELDS) - (dense - set(_named_mixture_fields(self.dense_config_class)))
+        own = set(MIXTURE_FIELDS) - (dense - set(self.shared_names()))
         fields = {k: v for k, v in self.to_dict().items() if k not in own | {"model_type", "architectures"}}
-        return self.dense_config_class(**fields)
+        return self.dense_config_class(**{**fields, **copy.deepcopy(self.native_fields or {})})
+
+    def whole_config(self) -> PreTrainedConfig:
+        """Config of the composite whose image classifier runs the dense parent as its vision tower."""
+        whole: Any = self.whole_config_class
+        fields = {name: getattr(self, name) for name in _fields_around(whole)}
+        return whole(**fields, **{VISION_PART: self.dense_config()})
+
+    @classmethod
+    def shared_names(cls) -> list[str]:
+        """Fields of the family whose names fields here take: its own experts' numbers, in a model with such layers."""
+        fields = {field.name for field in dataclasses.fields(cls.dense_config_class)}
+        return sorted(fields & {*MIXTURE_FIELDS, *STMoEConfig.attribute_map} - {"initializer_range"})
 
     @property
     def sparse_layer_indices(self) -> list[int]:
@@ -373,30 +401,42 @@ class STMoEConfig(PreTrainedConfig):
         return plan or None
 
     def num_parameters(self, active: bool = False) -> int:
-        """Number of parameters of the model with its language-model head; nothing is allocated.
+        """Number of parameters of the model with its head, of language or else of images; nothing is allocated.
 
         Args:
-            active: count only what one token uses: K of the E experts of each sparse layer.
+            active: count only what one token uses: K of the E experts of each layer that has some.
         """
         # Counted on the host's Auto class over meta tensors, so any dense family is counted by its own code.
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 
+        kinds: Any = (AutoModelForCausalLM, AutoModelForImageClassification, AutoModel)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self)
+            model = next(auto for auto in kinds if type(self) in auto._model_mapping).from_config(self)
         total = sum(parameter.numel() for parameter in model.parameters())
         if not active:
             return total
-        for (experts, choices), block in zip(self.layer_sizes, model.base_model.sparse_blocks, strict=True):
-            in_experts = sum(parameter.numel() for parameter in block.experts.parameters())
+        sizes = [*self.layer_sizes, *self.native_sizes(model).values()]
+        blocks = [block.experts for block in model.base_model.sparse_blocks]
+        modules = [*blocks, *(model.get_submodule(name) for name in self.native_sizes(model))]
+        for (experts, choices), module in zip(sizes, modules, strict=True):
+            in_experts = sum(parameter.numel() for parameter in module.parameters())
             # Exact: experts are alike, so their sum is a multiple of E.
             total -= in_experts - in_experts * choices // experts
         return total
 
+    def native_sizes(self, model: Any) -> dict[str, tuple[int, int]]:
+        """E and K of the experts that the family has of its own in a model of this config, by their modules' names."""
+        choices = getattr(self.dense_config(), "num_experts_per_tok", None) if self.native_fields else None
+        ours = {id(block.experts) for block in model.base_model.sparse_blocks}
+        named = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"]
+        stacked = {name: len(next(module.parameters())) for name, module in named if id(module) not in ours}
+        return {name: (experts, choices) for name, experts in stacked.items() if choices}
+
     def validate_mixture(self) -> None:
         """Part of the host's strict validation, run at construction and at save time."""
         values = {name: getattr(self, name) for name in MIXTURE_FIELDS}
-        faults = type(self)._own_experts(vars(self))
+        faults = type(self)._native_faults(self.native_fields)
         faults += rule_faults(values, _defaults(), num_ffn_layers(self), type(self)._is_causal(vars(self)))
         if faults:
             raise ValueError("; ".join(faults))
@@ -422,15 +462,12 @@ class STMoEConfig(PreTrainedConfig):
                 faults.append(f"{alias}: is another name of {name}, got {kwargs[alias]!r} and {given[name]!r}")
         for name in MIXTURE_FIELDS:
             value = given.get(name, getattr(cls, name, None))
-            try:
-                for validator in cls.__validators__[name]:  # type: ignore[attr-defined]
-                    validator(value)
-            except (TypeError, ValueError) as error:
-                reason = str(error).removeprefix(f"Field {name!r} ").removeprefix(f"Field '{name}' with value ")
+            reason = _type_fault(cls, name, value)
+            if reason:
                 faults.append(f"{name}: {reason}")
                 continue
             values[name] = value
-        faults += cls._own_experts(kwargs)
+        faults += cls._native_faults(values.get("native_fields"))
         return faults + rule_faults(values, _defaults(), cls._given_layers(kwargs), cls._is_causal(kwargs))
 
     @classmethod
@@ -443,17 +480,18 @@ class STMoEConfig(PreTrainedConfig):
         return given * _LAYER_COUNTS.get(count_name, 1) if isinstance(given, int) else None
 
     @classmethod
-    def _own_experts(cls, values: Mapping[str, Any]) -> list[str]:
-        """Faults of fields by which the dense model would have experts of its own; a missing one is none."""
-        if not _named_mixture_fields(cls.dense_config_class):
-            return []
-        faults = []
-        for name, is_dense in _DENSE_SWITCHES.items():
-            keys = (name, *(alias for alias, field in cls.attribute_map.items() if field == name))
-            given = [values[key] for key in keys if key in values]
-            if given and not is_dense(given[0]):
-                faults.append(f"{name}: must leave the dense model without experts of its own, got {given[0]!r}")
-        return faults
+    def _native_faults(cls, native: Mapping[str, Any] | None) -> list[str]:
+        """Faults of `native_fields`: names that the family does not share with the mixture, values that it refuses."""
+        shared = cls.shared_names()
+        family, names = cls.dense_model_type, ", ".join(shared) or "none"
+        faults = [
+            f"native_fields: must name fields that {family!r} shares with the mixture ({names}), got {name!r}"
+            for name in native or ()
+            if name not in shared
+        ]
+        given = {name: value for name, value in (native or {}).items() if name in shared}
+        reasons = {name: _type_fault(cls.dense_config_class, name, value) for name, value in given.items()}
+        return faults + [f"native_fields: {name} {reason}" for name, reason in reasons.items() if reason]
 
     @classmethod
     def _is_causal(cls, values: Mapping[str, Any]) -> bool:
@@ -478,6 +516,16 @@ MIXTURE_FIELDS: tuple[str, ...] = tuple(
     for field in dataclasses.fields(STMoEConfig)
     if field.name not in {base.name for base in dataclasses.fields(PreTrainedConfig)}
 )
+
+
+def _type_fault(config_class: type[PreTrainedConfig], name: str, value: Any) -> str:
+    """Why a field of a strict config class cannot take a value, or ""."""
+    try:
+        for validator in config_class.__validators__[name]:  # type: ignore[attr-defined]
+            validator(value)
+    except (TypeError, ValueError) as error:
+        return str(error).removeprefix(f"Field {name!r} ").removeprefix(f"Field '{name}' with value ")
+    return ""
 
 
 def _is_newer(version: Any) -> bool | None:
@@ -535,17 +583,35 @@ def dense_model_types() -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _named_mixture_fields(config_class: type[PreTrainedConfig]) -> list[str]:
-    """Fields of a config of the host that are named as those of a mixture."""
-    fields = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
-    own = (set(MIXTURE_FIELDS) | set(STMoEConfig.attribute_map)) - {"initializer_range"}
-    return sorted(name for name in fields if name in own or "num_experts" in name)
+def _whole_of(part: type[PreTrainedConfig]) -> type[PreTrainedConfig] | None:
+    """Config class of the composite that has an image classifier on a vision tower of this config class, or None."""
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+    if getattr(part, "base_config_key", "") != VISION_PART:
+        return None
+    wholes = (whole for whole in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if whole.sub_configs.get(VISION_PART) is part)
+    return next(wholes, None)
 
 
-def _mixture_fields_of(config_class: type[PreTrainedConfig]) -> list[str]:
-    """Fields by which a config of the host says that its model already is a mixture."""
-    switched = _DENSE_SWITCHES.keys() & {field.name for field in dataclasses.fields(config_class)}
-    return [] if switched else _named_mixture_fields(config_class)
+def _fields_around(whole: type[PreTrainedConfig]) -> set[str]:
+    """Fields of a composite's config that are not those of one of its parts."""
+    return {field.name for field in dataclasses.fields(whole)} - {*whole.sub_configs, "architectures"}
+
+
+def dense_config_of(config: PreTrainedConfig, head: str) -> PreTrainedConfig:
+    """Config of the dense family that a model is of; of a composite's image classifier, the vision tower's and labels.
+
+    Args:
+        config: the model's.
+        head: name of its class.
+    """
+    flat: Any = copy.deepcopy(getattr(config, VISION_PART, None))
+    if not head.endswith("ForImageClassification") or _whole_of(type(flat)) is not type(config):
+        return config
+    own = type(flat).__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+    for name in _fields_around(type(config)) - own:
+        setattr(flat, name, copy.deepcopy(getattr(config, name)))
+    return flat
 
 
 def _is_composite(config_class: type[PreTrainedConfig]) -> bool:
@@ -556,14 +622,13 @@ def _is_composite(config_class: type[PreTrainedConfig]) -> bool:
 def _refusal(config_class: type[PreTrainedConfig]) -> str:
     """Why no mixture can be made from a family of the host, or ""."""
     family = config_class.model_type
+    if issubclass(config_class, STMoEConfig):
+        return f"must be a model_type of Transformers, got {family!r}"
     if family in REFUSED_FAMILIES:
         return f"no mixture can be made from {family!r}: {REFUSED_FAMILIES[family]}"
     if _is_composite(config_class):
         text = [name for name in CONFIG_MAPPING if name.startswith(f"{family}_text")]
         return f"{family!r} is a composite of several models" + (f"; use its text model: {text[0]!r}" if text else "")
-    taken = [name for part in (config_class, *config_class.sub_configs.values()) for name in _mixture_fields_of(part)]
-    if taken:
-        return f"must be a dense family, got {family!r}, whose config already has {', '.join(taken)}"
     return ""
 
 
@@ -591,29 +656,50 @@ def family_config(dense_model_type: str) -> type[STMoEConfig]:
     if dense_model_type in _FAMILIES:
         return _FAMILIES[dense_model_type]
     dense = _dense_config_class(dense_model_type)
-    defaults: dict[str, Any] = {"dense_model_type": dense_model_type, **_SMALL_DEFAULTS.get(dense_model_type, {})}
-    initializer_range = getattr(dense, "initializer_range", None)
-    if initializer_range is not None:
-        defaults["initializer_range"] = initializer_range
-    annotations = {name: _annotation(name, dense) for name in defaults}
-    namespace = {
+    whole = _whole_of(dense)
+    defaults, annotations = _family_fields(dense, whole)
+    taken = {*MIXTURE_FIELDS, *STMoEConfig.attribute_map} - {"initializer_range"}
+    renamed = {name: field for name, field in dense.attribute_map.items() if not {name, field} & taken}
+    namespace: dict[str, Any] = {
         "__module__": __name__,
         "__qualname__": f"{dense_model_type}.STMoEConfig",
         "__annotations__": annotations,
         "__doc__": STMoEConfig.__doc__,
         "model_type": STMoEConfig.model_type,
-        "attribute_map": {**dense.attribute_map, **STMoEConfig.attribute_map},
+        "attribute_map": {**renamed, **STMoEConfig.attribute_map},
         "keys_to_ignore_at_inference": sorted(
             {*getattr(dense, "keys_to_ignore_at_inference", ()), *STMoEConfig.keys_to_ignore_at_inference}
         ),
         "dense_config_class": dense,
+        "whole_config_class": whole,
         **defaults,
     }
+    if whole is not None:
+        # The composite's code asks its config for the part's, which is flat here.
+        namespace[VISION_PART] = property(lambda self: self)
     cls: type[STMoEConfig] = strict(type("STMoEConfig", (STMoEConfig, dense), namespace))
     _FAMILIES[dense_model_type] = cls
     for listener in _NEW_FAMILY_LISTENERS:
         listener(cls)
     return cls
+
+
+def _family_fields(
+    dense: type[PreTrainedConfig], whole: type[PreTrainedConfig] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Defaults and annotations of a family's class beyond those that it inherits; `whole` as in `_whole_of`."""
+    defaults: dict[str, Any] = {"dense_model_type": dense.model_type, **_SMALL_DEFAULTS.get(dense.model_type, {})}
+    initializer_range = getattr(dense, "initializer_range", None)
+    if initializer_range is not None:
+        defaults["initializer_range"] = initializer_range
+    annotations = {name: _annotation(name, dense) for name in defaults}
+    if whole is not None:
+        for name in _fields_around(whole) - dense.__dataclass_fields__.keys():
+            field = whole.__dataclass_fields__[name]
+            defaults[name], annotations[name] = field.default, field.type
+    # A field of the family that is another name of a field of ours is no field of its own any more.
+    aliases = STMoEConfig.attribute_map.keys() & dense.__dataclass_fields__.keys()
+    return defaults, annotations | dict.fromkeys(aliases, ClassVar[Any])
 
 
 def _annotation(name: str, dense: type[PreTrainedConfig]) -> Any:

@@ -40,7 +40,7 @@ def to_dense(model: STMoEPreTrainedModel, experts: str | int = "average") -> Pre
     """
     config: Any = model.config
     _check(config, experts)
-    dense_config = config.dense_config()
+    dense_config: Any = model.dense_parent_config(config)
     width = config.moe_intermediate_size
     if width and len(config.sparse_layer_indices) == config.num_hidden_layers:
         dense_config.intermediate_size = width

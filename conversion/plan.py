@@ -25,7 +25,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from st_moe.configuration import MIXTURE_FIELDS, STMoEConfig, family_config
+from st_moe.configuration import MIXTURE_FIELDS, STMoEConfig, dense_config_of, family_config
 from st_moe.conversion.checkpoint import CONFIG_FAULTS, checkpoint_tensors, dense_config
 from st_moe.conversion.from_disk import run_from_disk
 from st_moe.conversion.merge import check_compatible
@@ -77,7 +77,8 @@ class Models:
                 f"source: no layer of {source} ({self.dense.config.model_type}) can be made sparse: "
                 f"{self.locations[0].reason}"
             )
-        self.config = mixture_config_of(self.dense.config, self.locations, recipe, options, fields)
+        own = dense_config_of(self.dense.config, type(self.dense).__name__)
+        self.config = mixture_config_of(own, self.locations, recipe, options, fields)
         with torch.device("meta"):
             self.sparse = sparse_class(self.dense)(self.config)
         self.sparse.tie_weights()
@@ -100,7 +101,7 @@ def _without_weights(source: str | Path) -> PreTrainedModel:
         ValueError: when its config is at fault.
     """
     config = dense_config(source)
-    family_config(config.model_type)
+    family_config(dense_config_of(config, (config.architectures or [""])[0]).model_type)
     auto = dense_auto_class(config)
     try:
         with torch.device("meta"):

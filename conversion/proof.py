@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from st_moe.configuration import dense_config_of
+
 #: Largest relative logit difference that rounding explains, per dtype of the weights.
 #: Routers compute in float32 whatever the weights are, so float64 gets no finer than that.
 TOLERANCES: dict[torch.dtype, float] = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2}
@@ -152,7 +154,8 @@ def compared(dense: Outputs, sparse: Outputs, inputs: Tensor, mask: Tensor) -> I
 
 def _predicts_tokens(model: PreTrainedModel) -> bool:
     """Whether a model's [B, S, ...] outputs are logits of the next token, not of labels, nor hidden states."""
-    return not (type(model).__name__.endswith("ForTokenClassification") or model.base_model is model)
+    headless = model.base_model is model and model.get_output_embeddings() is None
+    return not (type(model).__name__.endswith("ForTokenClassification") or headless)
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
@@ -220,9 +223,14 @@ def _tokenizer_of(source: str | Path) -> PreTrainedTokenizerBase | None:
 def _images(model: PreTrainedModel, inputs: Any) -> tuple[Tensor, Tensor]:
     """Pixel values [B, C, height, width], and ones [B] that count them."""
     if inputs is None:
-        size = model.config.image_size
+        config = dense_config_of(model.config, type(model).__name__)
+        size = getattr(config, "image_size", None)
+        if size is None:
+            raise ValueError(
+                f"verify: must be False for {type(model).__name__}, whose images have no one size and come in patches"
+            )
         height, width = (size, size) if isinstance(size, int) else size
-        shape = (2, model.config.num_channels, height, width)
+        shape = (2, config.num_channels, height, width)
         inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     if not (isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.is_floating_point()):
         shown = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__

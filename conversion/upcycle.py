@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from st_moe.configuration import STMoEConfig
+from st_moe.configuration import STMoEConfig, dense_config_of
 from st_moe.conversion.checkpoint import check_checkpoint, dense_config
 from st_moe.conversion.merge import check_compatible, merged
 from st_moe.conversion.proof import IdentityProof, proof_tokens, prove_identity
@@ -29,7 +29,7 @@ from st_moe.conversion.router_init import (
 from st_moe.modeling import STMoEModel, family_of, locate_ffns
 from st_moe.modeling.experts import ModuleExperts
 from st_moe.modeling.families import KINDS, dense_auto_class
-from st_moe.modeling.ffn import FFNLocation
+from st_moe.modeling.ffn import FFNLocation, check_sparse_layers
 from st_moe.modeling.modeling_st_moe import STMoEPreTrainedModel
 from st_moe.modeling.routing import Router
 from st_moe.modeling.sparse_block import DenseFFN, SparseBlock
@@ -102,7 +102,8 @@ def upcycle(
     model = models[0]
     model_class = sparse_class(model)
     locations = locate_ffns(model)
-    config = mixture_config_of(model.config, locations, recipe, options, mixture_fields)
+    own = dense_config_of(model.config, type(model).__name__)
+    config = mixture_config_of(own, locations, recipe, options, mixture_fields)
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         sparse = model_class(config)
@@ -210,7 +211,7 @@ def sparse_class(dense: PreTrainedModel) -> type[STMoEPreTrainedModel]:
         raise ValueError(f"dense: must be a Transformers model, a folder or a Hub name, got {type(dense).__name__}")
     if getattr(dense, "hf_quantizer", None) is not None:
         raise ValueError("dense: must not be quantised; load it without quantization_config and quantise the mixture")
-    family = family_of(dense.config.model_type)
+    family = family_of(dense_config_of(dense.config, type(dense).__name__).model_type)
     for public, _, _ in KINDS:
         found = getattr(family, public.__name__, None)
         if found is not None and found.dense_class is type(dense):
@@ -243,10 +244,9 @@ def mixture_config_of(
     config = STMoEConfig.from_dense(dense_config, **{k: v for k, v in mixture_fields.items() if k != _SHARED_GATE})
     chosen = RECIPES[recipe]
     derived: dict[str, Any] = {}
+    check_sparse_layers(locations, config.sparse_layer_indices)
     for index in config.sparse_layer_indices:
         ffn = locations[index]
-        if ffn.storage == "none":
-            raise ValueError(f"sparse_layers: {ffn.describe()}")
         if ffn.storage == "modules" and recipe != "copy":
             raise ValueError(f"recipe: {recipe!r} needs FFNs that 3-D tensors can hold, but {ffn.reason}")
         follows = {"moe_intermediate_size": None}

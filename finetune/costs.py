@@ -14,7 +14,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from st_moe.configuration import STMoEConfig
-from st_moe.modeling.experts import STMoEExperts
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _OUTSIDE = "embeddings and head"
@@ -31,14 +30,14 @@ class Part:
 
     Attributes:
         name: `"layer 3"` or the name of what lies outside of the layers.
-        sparse: whether it is a sparse layer.
+        kind: `"sparse"`, `"dense"`, `"native"` (a layer with experts of the family's own), or "" outside of layers.
         total: all parameters.
         active: those that one token uses.
         matmul: active parameters that take part in matrix products; each costs 2 FLOPs per token forward.
     """
 
     name: str
-    sparse: bool
+    kind: str
     total: int
     active: int
     matmul: int
@@ -94,12 +93,12 @@ class _Sums:
         self.all = {"every": 0, "experts": 0}
         self.matmul = {"every": 0, "experts": 0}
 
-    def part(self, name: str, size: tuple[int, int] | None) -> Part:
-        """The part of that name; `size` is a sparse layer's E and K."""
-        experts, choices = size or (1, 1)
+    def part(self, name: str, kind: str, size: tuple[int, int]) -> Part:
+        """The part of that name; `size` is E and K, of a layer with experts."""
+        experts, choices = size
         # Exact: experts are alike, so their sum is a multiple of E.
         active, matmul = (sums["every"] + sums["experts"] * choices // experts for sums in (self.all, self.matmul))
-        return Part(name, size is not None, sum(self.all.values()), active, matmul)
+        return Part(name, kind, sum(self.all.values()), active, matmul)
 
 
 def count_costs(config: STMoEConfig) -> Costs:
@@ -119,9 +118,13 @@ def count_costs(config: STMoEConfig) -> Costs:
         part.all[kind] += parameter.numel()
         if _multiplies(model, name, parameter):
             part.matmul[kind] += parameter.numel()
-    names = (f"layer {index}" for index in config.sparse_layer_indices)
-    sizes = dict(zip(names, config.layer_sizes, strict=True))
-    parts = tuple(part.part(name, sizes.get(name)) for name, part in sums.items())
+    native = {
+        f"layer {found[1]}": s for name, s in config.native_sizes(model).items() if (found := _LAYER.search(name))
+    }
+    names = [f"layer {index}" for index in config.sparse_layer_indices]
+    sizes = {**native, **dict(zip(names, config.layer_sizes, strict=True))}
+    kinds = {_OUTSIDE: "", **dict.fromkeys(native, "native"), **dict.fromkeys(names, "sparse")}
+    parts = tuple(part.part(name, kinds.get(name, "dense"), sizes.get(name, (1, 1))) for name, part in sums.items())
     return Costs(parts, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
 
 
@@ -133,7 +136,7 @@ def _multiplies(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> b
         head = model.get_output_embeddings()
         return head is not None and getattr(head, "weight", None) is parameter
     # Experts stack their parameters: 3-D weights, 2-D biases.
-    return parameter.ndim == (3 if isinstance(owner, STMoEExperts) else 2)
+    return parameter.ndim == (3 if name.split(".")[-2] == "experts" else 2)
 
 
 def cost_tables(config: STMoEConfig, costs: Costs, per_layer: bool = False) -> list[Table]:
@@ -169,9 +172,8 @@ def _layer_table(costs: Costs) -> Table:
     for column in ("part", "kind", "parameters", "active", "forward"):
         table.add_column(column, justify="left" if column in ("part", "kind") else "right")
     for part in costs.parts:
-        kind = "" if part.name == _OUTSIDE else "sparse" if part.sparse else "dense"
         counts = (" ".join(_scaled(count, _COUNTS)).strip() for count in (part.total, part.active))
-        table.add_row(part.name, kind, *counts, " ".join(_scaled(2 * part.matmul, _FLOPS)))
+        table.add_row(part.name, part.kind, *counts, " ".join(_scaled(2 * part.matmul, _FLOPS)))
     return table
 
 

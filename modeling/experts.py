@@ -229,6 +229,9 @@ def sorted_experts_forward(
 def _registered_forward(
     self: STMoEExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
+    if not hasattr(self, "sorted_forward"):
+        # The experts that a family has of its own in other layers: computed as the host does unless told otherwise.
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
     # The host keeps one function per name, and a process may hold copies of this module, from bundles.
     return self.sorted_forward(hidden_states, top_k_index, top_k_weights)
 

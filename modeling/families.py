@@ -68,11 +68,13 @@ class Family:
         self.STMoEConfig = config_class
         self.dense_model_type = config_class.dense_model_type
         for public, mapping, auto_class in KINDS:
-            dense = mapping.get(config_class.dense_config_class, None)
+            whole = config_class.whole_config_class if public is STMoEForImageClassification else None
+            dense = mapping.get(whole or config_class.dense_config_class, None)
             if dense is None:
                 continue
             dense = dense[0] if isinstance(dense, tuple) else dense
             model_class = _derive(public, dense, config_class)
+            model_class.part_of_whole = whole is not None
             setattr(self, public.__name__, model_class)
             auto_class.register(config_class, model_class)
 
@@ -128,6 +130,7 @@ def _derive(
         "dense_class": dense,
         "forward": forward,
         "positional_names": names[1:],
+        "dense_arguments": {name: False for name in ("output_router_logits",) if name in signature.parameters},
         # Guessed by the host from the source of the class's module: ask the dense class about its own.
         "_can_set_attn_implementation_cached_value": dense._can_set_attn_implementation(),
     }

@@ -6,6 +6,7 @@ To add a layout: one row in `LAYOUTS`, one test. Shape letters: H hidden size, I
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from st_moe.configuration import FFN_ATTRIBUTES, num_ffn_layers
+from st_moe.configuration import FFN_ATTRIBUTES, dense_config_of, num_ffn_layers
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ LAYOUTS: tuple[FFNLayout, ...] = (
     FFNLayout(("intermediate",), "output", gated=False),
     FFNLayout(("0",), "2", gated=False),
     FFNLayout(("intermediate.dense",), "output.dense", gated=False),
+    FFNLayout(("input_linear",), "output_linear", gated=True),
 )
 
 #: Names that layers give to parts of any kind: an FFN only where a row of `LAYOUTS` matches.
@@ -62,6 +64,7 @@ ACTIVATION_ATTRIBUTES = (
     "act_fn",
     "activation_fn",
     "act",
+    "activation",
     "gelu_impl",
     "intermediate.intermediate_act_fn",
     "w_in.act",
@@ -134,7 +137,7 @@ def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     Raises:
         ValueError: when these are not as many as the config says.
     """
-    count = num_ffn_layers(model.config)
+    count = num_ffn_layers(dense_config_of(model.config, type(model).__name__))
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inner = any(name.startswith(f"{outer}.") for outer in stacks)
@@ -168,6 +171,20 @@ def locate_ffns(model: PreTrainedModel) -> list[FFNLocation]:
     return [_locate(model, index, path, layer) for index, (path, layer) in layers]
 
 
+def check_sparse_layers(locations: Sequence[FFNLocation], indices: Sequence[int]) -> None:
+    """Refuse `sparse_layers` that name a layer without an FFN that can be replaced.
+
+    Raises:
+        ValueError: naming the first such layer, the reason, and the layers that can be sparse.
+    """
+    fault = next((locations[index] for index in indices if locations[index].storage == "none"), None)
+    able = [ffn.layer for ffn in locations if ffn.storage != "none"]
+    if fault is not None and able:
+        raise ValueError(f"sparse_layers: {fault.describe()}; the layers that can be are sparse_layers={able}")
+    if fault is not None:
+        raise ValueError(f"sparse_layers: {fault.describe()}; no other layer can be either")
+
+
 def _row_of(module: nn.Module) -> FFNLayout | None:
     """The row of `LAYOUTS` whose projections a module has."""
     return next((layout for layout in LAYOUTS if all(_is_linear(linear) for linear in layout.linears(module))), None)
@@ -198,6 +215,9 @@ def _locate(model: nn.Module, index: int, path: str, layer: nn.Module) -> FFNLoc
     rule, attribute = found
     module = layer.get_submodule(attribute)
     path = f"{path}.{attribute}" if attribute else path
+    own = _own_experts(layer, module)
+    if own:
+        return FFNLocation(index, path, rule, module, reason=f"it holds experts of its own ({own})")
     layout = _row_of(module)
     if layout is not None:
         return _describe(model, index, path, rule, module, layout)
@@ -259,13 +279,17 @@ def _as_modules(index: int, path: str, rule: str, module: nn.Module, reason: str
     """A location whose experts are whole modules, if the FFN is one; a refusal otherwise."""
     if rule != "module":
         return FFNLocation(index, path, rule, module, reason=reason)
-    if any(name.rpartition(".")[2] == "experts" for name, _ in module.named_modules()):
-        return FFNLocation(index, path, rule, module, reason=f"{type(module).__name__} already is a mixture of experts")
     arguments = _positional_arguments(module)
     if len(arguments) != 1:
         reason = f"{type(module).__name__}.forward takes {', '.join(arguments)}, not the hidden states of a token alone"
         return FFNLocation(index, path, rule, module, reason=reason)
     return FFNLocation(index, path, rule, module, storage="modules", reason=reason)
+
+
+def _own_experts(layer: nn.Module, ffn: nn.Module) -> str:
+    """What says that a layer is a mixture already, in its FFN or beside it, or "": the host names such parts so."""
+    named = (name for name, _ in layer.named_modules() if name.rpartition(".")[2] == "experts")
+    return next(named, f"{type(ffn).__name__}.num_experts" if hasattr(ffn, "num_experts") else "")
 
 
 def _get(module: nn.Module, dotted: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ from transformers.utils import logging
 from st_moe.configuration import ROUTER_TYPES, STMoEConfig, check_own_code
 from st_moe.modeling.bundle import IN_BUNDLE, write_bundle
 from st_moe.modeling.experts import EXPERTS_IMPLEMENTATION, ModuleExperts, STMoEExperts
-from st_moe.modeling.ffn import FFNLocation, locate_ffns
+from st_moe.modeling.ffn import FFNLocation, check_sparse_layers, locate_ffns
 from st_moe.modeling.outputs import (
     STMoECausalLMOutput,
     STMoEImageClassifierOutput,
@@ -57,6 +57,12 @@ class STMoEPreTrainedModel(PreTrainedModel):
     #: The dense family's class that a family's class derives from; None on the public classes.
     dense_class: ClassVar[type[PreTrainedModel] | None] = None
 
+    #: Whether the dense class is the image classifier of a composite, on its vision tower.
+    part_of_whole: ClassVar[bool] = False
+
+    #: What every call of the dense forward pass is given: its own router logits, and their loss, stay off.
+    dense_arguments: ClassVar[Mapping[str, Any]] = {}
+
     #: How far the mixture is from its dense parent, when it was upcycled in this process.
     identity_proof: Any = None
 
@@ -79,7 +85,7 @@ class STMoEPreTrainedModel(PreTrainedModel):
         # It must not see the experts implementation, which a dense class refuses.
         with torch.device("meta"):
             with _experts_implementation(config, "eager"):
-                super().__init__(config)
+                self._build_dense(config)
             if checkpointing:
                 # The dense constructor has used the flag up, on layers that are about to be replaced.
                 config.gradient_checkpointing = True
@@ -99,6 +105,27 @@ class STMoEPreTrainedModel(PreTrainedModel):
                 with torch.no_grad():
                     self._init_weights(module)
         self.init_weights()
+
+    def _build_dense(self, config: STMoEConfig) -> None:
+        """Construct the dense skeleton; layers with experts of their own are built from the family's own config."""
+        if not (config.shared_names() or self.part_of_whole):
+            super().__init__(config)
+            return
+        skeleton = self.dense_parent_config(config)
+        skeleton._attn_implementation_internal = config._attn_implementation
+        skeleton._experts_implementation_internal = config._experts_implementation
+        super().__init__(skeleton)
+        config._attn_implementation_internal = skeleton._attn_implementation
+        self.name_or_path = config.name_or_path
+        # What is switched later, such as the attention implementation, must reach every module.
+        for module in self.modules():
+            if getattr(module, "config", None) is skeleton:
+                module.config = config  # type: ignore[assignment]
+
+    @classmethod
+    def dense_parent_config(cls, config: STMoEConfig) -> PreTrainedConfig:
+        """Config of the dense class that this class derives from; of a composite, where that has the head."""
+        return config.whole_config() if cls.part_of_whole else config.dense_config()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Copies and unpickled models are made without a call of the constructor.
@@ -218,13 +245,14 @@ class STMoEPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: when the implementation is unknown, or would leave out a field of the config without a word.
         """
-        unknown_to_host = [name for name in ("multiplicative_bias", "expert_dropout") if getattr(self.config, name)]
-        if unknown_to_host and requested_experts not in (None, "eager", EXPERTS_IMPLEMENTATION):
-            raise ValueError(
-                f"experts_implementation: must be {EXPERTS_IMPLEMENTATION!r} or 'eager' with "
-                f"{' and '.join(unknown_to_host)}, which the host's implementations do not apply, got "
-                f"{requested_experts!r}"
-            )
+        if requested_experts not in (None, "eager", EXPERTS_IMPLEMENTATION):
+            unknown_to_host = [name for name in ("multiplicative_bias", "expert_dropout") if getattr(self.config, name)]
+            if unknown_to_host:
+                raise ValueError(
+                    f"experts_implementation: must be {EXPERTS_IMPLEMENTATION!r} or 'eager' with "
+                    f"{' and '.join(unknown_to_host)}, which the host's implementations do not apply, got "
+                    f"{requested_experts!r}"
+                )
         return super().get_correct_experts_implementation(requested_experts or EXPERTS_IMPLEMENTATION)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
@@ -354,9 +382,8 @@ class STMoEModel(STMoEPreTrainedModel):
     def _make_sparse(self, config: STMoEConfig) -> None:
         locations = locate_ffns(self)
         self._check_tied_ffns(locations)
+        check_sparse_layers(locations, config.sparse_layer_indices)
         for position, index in enumerate(config.sparse_layer_indices):
-            if locations[index].storage == "none":
-                raise ValueError(f"sparse_layers: {locations[index].describe()}")
             install_sparse_block(self, locations[index], SparseBlock(config, locations[index], position))
         self.post_init()
 
@@ -409,7 +436,7 @@ class STMoEModel(STMoEPreTrainedModel):
         kwargs |= dict(zip(self.positional_names, args, strict=False))
         want_logits, return_dict = self._take_flags(kwargs)
         with _scope_of(kwargs) as scope:
-            dense = super().forward(**kwargs, return_dict=True)
+            dense = super().forward(**kwargs, **self.dense_arguments, return_dict=True)
         output = _rebuilt(STMoEModelOutput, dense)
         output.router_logits = tuple(routing.logits for routing in scope.records) if want_logits else None
         return output if return_dict else output.to_tuple()
@@ -435,9 +462,17 @@ class _Head(STMoEPreTrainedModel):
     output_class: ClassVar[type[ModelOutput]]
     positional_names: ClassVar[tuple[str, ...]] = ()
 
+    def _base_name(self) -> str:
+        """Name under which the dense class holds its base model; the prefix may be that of a composite (Llama 4)."""
+        models = [name for name, child in self.named_children() if isinstance(child, PreTrainedModel)]
+        if hasattr(self, self.base_model_prefix) or len(models) != 1:
+            return self.base_model_prefix
+        return models[0]
+
     def _make_sparse(self, config: STMoEConfig) -> None:
         from st_moe.modeling.families import family_of
 
+        self.base_model_prefix = self._base_name()
         dense_base = getattr(self, self.base_model_prefix)
         base = family_of(config.dense_model_type).base_class(type(dense_base))(config)
         for name in list(base._modules):
@@ -457,7 +492,7 @@ class _Head(STMoEPreTrainedModel):
         want_logits, return_dict = self._take_flags(kwargs)
         with_losses = self.training or kwargs.get("labels") is not None or want_logits
         with _scope_of(kwargs, with_losses) as scope:
-            dense = super().forward(**kwargs, return_dict=True)
+            dense = super().forward(**kwargs, **self.dense_arguments, return_dict=True)
         output: Any = _rebuilt(self.output_class, dense)
         output.lm_loss = output.loss
         if want_logits:

@@ -22,6 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from benchmarks import tiny_models
 from st_moe import STMoEConfig, STMoEForCausalLM
 from st_moe.configuration import (
     LOSSES,
@@ -482,7 +483,8 @@ def test_sparse_layers(layers: int, sparse_layers: Any, expected: list[int]) -> 
 
 def test_the_table_of_changed_fields_is_whole() -> None:
     changed = {**CHANGED, **{name: value for fields in CHANGED_FOR.values() for name, value in fields.items()}}
-    assert set(changed) == set(MIXTURE_FIELDS) - {"st_moe_version"} | {"initializer_range", "output_router_logits"}
+    # native_fields is for families with experts of their own, and is tested with them.
+    assert set(changed) == set(MIXTURE_FIELDS) - {"st_moe_version", "native_fields"}
     default = family_config("llama")()
     same = [name for name, value in changed.items() if getattr(default, name) == value]
     assert same == ["router_type"]
@@ -644,21 +646,15 @@ def test_from_dense_keeps_every_field_and_gives_it_back(dense: PreTrainedConfig)
 
 def test_every_family_makes_a_config() -> None:
     """Every dense decoder family of the host: its defaults become a mixture's config and come back unchanged."""
-    refused = []
     for family in dense_model_types():
         dense = CONFIG_MAPPING[family]()
-        try:
-            config = STMoEConfig.from_dense(dense)
-        except ValueError as error:
-            refused.append((family, str(error)))
-            continue
+        config = STMoEConfig.from_dense(dense)
         assert config.sparse_layer_indices == list(range(num_ffn_layers(dense))), family
         assert config.dense_config().to_dict() == dense.to_dict(), family
         assert_same_config(STMoEConfig.from_dict(config.to_dict()), config)
+        assert (config.num_experts, config.num_local_experts, config.num_experts_per_tok) == (8, 8, 2), family
+        assert STMoEConfig(dense_model_type=family).balance_loss_coef == 1e-2, family
     assert len(dense_model_types()) > 50
-    # Its default has layers of experts; without them it is dense.
-    assert [family for family, _ in refused] == ["nemotron_h"]
-    assert "layers_block_type: must leave the dense model without experts" in refused[0][1]
 
 
 def test_a_dense_configs_own_attributes_are_not_taken_for_misspelt() -> None:
@@ -685,9 +681,8 @@ def test_mixture_fields_win_over_dense_ones() -> None:
         ("", "must be a model_type of Transformers, got ''"),
         (None, "must be a model_type of Transformers, got None"),
         (["llama"], "must be a model_type of Transformers"),
-        ("mixtral", "must be a dense family, got 'mixtral', whose config already has .*num_experts_per_tok"),
-        ("qwen3_moe", "must be a dense family, got 'qwen3_moe', whose config already has .*num_experts"),
-        ("gpt_oss", "must be a dense family, got 'gpt_oss'"),
+        ("mixtral", "no mixture can be made from 'mixtral': each of its layers holds experts of its own"),
+        ("gpt_oss", "no mixture can be made from 'gpt_oss': each of its layers holds experts of its own"),
         ("gemma3", "'gemma3' is a composite of several models; use its text model: 'gemma3_text'"),
         ("llava", "'llava' is a composite of several models"),
     ],
@@ -697,7 +692,7 @@ def test_families_that_are_none_are_refused(family: Any, match: str) -> None:
         STMoEConfig(dense_model_type=family)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gemma3"])
+@pytest.mark.parametrize("family", ["mixtral", "gemma3"])
 def test_from_dense_refuses_them_too(family: str) -> None:
     with pytest.raises(ValueError, match=f"dense_model_type: .*{family}"):
         STMoEConfig.from_dense(CONFIG_MAPPING[family]())
@@ -712,7 +707,62 @@ def test_dense_families_hold_no_mixture() -> None:
     families = dense_model_types()
     assert len(families) == len(set(families))
     assert {"llama", "qwen3", "gpt2", "gemma3_text", "phi3"} <= set(families)
-    assert not {"mixtral", "qwen3_moe", "gpt_oss", "gemma3", "st_moe"} & set(families)
+    assert not {"mixtral", "gpt_oss", "gemma3", "st_moe"} & set(families)
+
+
+# Families with experts of their own in other layers.
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "granitemoehybrid", "bailing_hybrid", "doge"])
+def test_numbers_of_a_familys_own_experts_are_kept_apart(family: str) -> None:
+    dense = tiny_models.tiny_config(family)
+    config = STMoEConfig.from_dense(dense, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24)
+    names = config.shared_names()
+    assert config.native_fields == {name: getattr(dense, name) for name in names}
+    assert "num_experts_per_tok" in names
+    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (6, 3, 24)
+    assert config.dense_config().to_dict() == dense.to_dict()
+    assert dense.num_experts_per_tok == 2
+    config.native_fields["num_experts_per_tok"] = 4
+    assert dense.num_experts_per_tok == 2
+    assert config.dense_config().num_experts_per_tok == 4
+    assert_same_config(STMoEConfig.from_dict(json.loads(json.dumps(config.to_dict()))), config)
+    assert_same_config(pickle.loads(pickle.dumps(config)), config)
+
+
+def test_native_fields_that_are_left_out_are_the_familys_defaults() -> None:
+    fresh = STMoEConfig(dense_model_type="qwen3_moe", num_experts=4, native_fields={"num_experts": 16})
+    assert (fresh.num_experts, fresh.dense_config().num_experts) == (4, 16)
+    default = CONFIG_MAPPING["qwen3_moe"]()
+    assert fresh.dense_config().num_experts_per_tok == default.num_experts_per_tok != fresh.num_experts_per_tok
+    assert STMoEConfig(dense_model_type="qwen3_moe").dense_config().to_dict() == default.to_dict()
+    assert STMoEConfig.from_dense(LlamaConfig()).native_fields is None
+
+
+@pytest.mark.parametrize(
+    ("family", "native", "match"),
+    [
+        (
+            "llama",
+            {"num_experts": 4},
+            r"native_fields: must name fields that 'llama' shares .* \(none\), got 'num_experts'",
+        ),
+        ("qwen3_moe", {"hidden_size": 4}, r"shares with the mixture \(moe_intermediate_size, .*, got 'hidden_size'"),
+        ("qwen3_moe", {"num_experts": "four"}, "native_fields: num_experts expected int, got str .*'four'"),
+        ("qwen3_moe", [4], "native_fields: .*dict"),
+    ],
+)
+def test_native_fields_at_fault(family: str, native: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        STMoEConfig(dense_model_type=family, native_fields=native)
+
+
+def test_another_name_of_a_coefficient_is_ours_where_the_family_has_such_a_field() -> None:
+    config = STMoEConfig(dense_model_type="qwen3_moe", router_aux_loss_coef=0.5)
+    assert config.balance_loss_coef == 0.5
+    assert config.dense_config().router_aux_loss_coef == 0.001
+    with pytest.raises(ValueError, match="num_local_experts: is another name of num_experts, got 4 and 5"):
+        STMoEConfig(dense_model_type="granitemoehybrid", num_local_experts=4, num_experts=5)
 
 
 # Counts.

@@ -615,6 +615,6 @@ def test_encoders_without_a_decoder_config_are_no_causal_models() -> None:
 
 
 def test_a_family_that_is_sparse_already_is_refused() -> None:
-    dense = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe", num_experts=4, moe_intermediate_size=8))
-    with pytest.raises(ValueError, match="dense_model_type: must be a dense family, got 'qwen3_moe'"):
+    dense = AutoModelForCausalLM.from_config(tiny_config("mixtral", num_local_experts=4))
+    with pytest.raises(ValueError, match="dense_model_type: no mixture can be made from 'mixtral': each of its layers"):
         upcycle(dense, num_experts=2)

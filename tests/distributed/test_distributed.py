@@ -103,6 +103,19 @@ def test_experts_that_tensor_parallelism_cannot_split_stay_whole(fields: dict[st
         assert relative(result["gradients"][name], reference["gradients"][name]) < 1e-4
 
 
+@pytest.mark.parametrize("job", ["tensor_parallel", "expert_parallel"])
+def test_layers_of_a_familys_own_experts_are_sharded_too(job: str, tmp_path: Path) -> None:
+    native = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    fields = {"dense_model_type": "qwen3_moe", "mlp_only_layers": [0], "sparse_layers": [0], "native_fields": native}
+    save_model(tmp_path, **fields)
+    reference = run("single", tmp_path, ranks=1)[0]
+    for result in run(job, tmp_path, ranks=2):
+        assert relative(result["logits"], reference["logits"][result["rows"]]) < 1e-5
+        for name, gradient in reference["gradients"].items():
+            assert gradient.abs().max() > 0, name
+            assert relative(result["gradients"][name], gradient) < 1e-4, name
+
+
 def test_trainer_on_two_ranks_equals_accumulation_on_one(tmp_path: Path) -> None:
     save_model(tmp_path)
     reference = run("train", tmp_path, ranks=1)[0]

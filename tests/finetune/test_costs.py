@@ -31,11 +31,11 @@ def test_llama_by_hand() -> None:
     ffn, norms, router = 3 * H * I, 2 * H, EXPERTS * H
     assert parts_of(costs) == {
         # The embedding is looked up and multiplies nothing; the head does.
-        "embeddings and head": Part("embeddings and head", False, 2 * V * H + H, 2 * V * H + H, V * H),
-        "layer 0": Part("layer 0", False, attention + ffn + norms, attention + ffn + norms, attention + ffn),
+        "embeddings and head": Part("embeddings and head", "", 2 * V * H + H, 2 * V * H + H, V * H),
+        "layer 0": Part("layer 0", "dense", attention + ffn + norms, attention + ffn + norms, attention + ffn),
         "layer 1": Part(
             "layer 1",
-            True,
+            "sparse",
             attention + norms + router + EXPERTS * ffn,
             attention + norms + router + CHOICES * ffn,
             attention + router + CHOICES * ffn,
@@ -52,7 +52,7 @@ def test_a_tied_embedding_is_counted_once_and_multiplies(tied: bool) -> None:
     dense = tiny_config("llama", tie_word_embeddings=tied)
     costs = count_costs(STMoEConfig.from_dense(dense, num_experts=EXPERTS, num_experts_per_tok=CHOICES))
     outside = (1 if tied else 2) * V * H + H
-    assert parts_of(costs)["embeddings and head"] == Part("embeddings and head", False, outside, outside, V * H)
+    assert parts_of(costs)["embeddings and head"] == Part("embeddings and head", "", outside, outside, V * H)
 
 
 def test_gpt2_by_hand() -> None:
@@ -61,11 +61,11 @@ def test_gpt2_by_hand() -> None:
     attention, ffn, router = 4 * H * H, 2 * H * I, EXPERTS * H
     biases, norms = 4 * H, 4 * H
     outside = parts_of(costs)["embeddings and head"]
-    assert outside == Part("embeddings and head", False, V * H + 64 * H + 2 * H, V * H + 64 * H + 2 * H, V * H)
+    assert outside == Part("embeddings and head", "", V * H + 64 * H + 2 * H, V * H + 64 * H + 2 * H, V * H)
     layer = attention + biases + norms + router
     assert parts_of(costs)["layer 1"] == Part(
         "layer 1",
-        True,
+        "sparse",
         layer + EXPERTS * (ffn + I + H),
         layer + CHOICES * (ffn + I + H),
         attention + router + CHOICES * ffn,
@@ -94,7 +94,7 @@ def test_counts_equal_the_model(family: str) -> None:
     costs = count_costs(model.config)
     assert costs.total == sum(parameter.numel() for parameter in model.parameters())
     assert costs.active == model.config.num_parameters(active=True)
-    assert [part.name for part in costs.parts if part.sparse] == [f"layer {index}" for index in range(LAYERS)]
+    assert [part.name for part in costs.parts if part.kind == "sparse"] == [f"layer {index}" for index in range(LAYERS)]
     assert costs.active < costs.total
 
 

@@ -7,15 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks.families import (
     FAMILIES,
     TOLERANCE,
     Row,
+    category_of,
     dense_of,
     markdown,
     measure,
+    refusal_of,
     round_trip_faults,
     sparse_of,
     write_markdown,
@@ -29,10 +34,14 @@ from st_moe.modeling.sparse_block import SparseBlock
 from tests.families import token_ids
 
 #: What a mixture can be made from: nothing here may fall out of the table without a word.
-DENSE = ("dense decoder", "seq2seq decoder", "encoder with LM head", "image model")
-REASONS = r"composite of several models|whose config already has|no mixture can be made from|another name of"
+DENSE = ("dense decoder", "seq2seq decoder", "encoder with LM head", "image model", "mixture")
+REASONS = r"composite of several models|no mixture can be made from|another name of"
 #: Each of these is found or held in a way that no other of them is.
 ODD = ("llama", "bart", "roberta-prelayernorm", "cpmant", "xlm", "prophetnet", "nemotron_h", "zamba", "hrm_text", "mpt")
+
+counted = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="older Transformers have fewer families"
+)
 
 
 def blocks(model: PreTrainedModel) -> list[SparseBlock]:
@@ -156,20 +165,52 @@ def test_layers_that_share_an_ffn_are_sparse_together(layer: int) -> None:
         upcycle(dense_of("zamba"), num_experts=2, sparse_layers=[layer])
 
 
-def test_a_family_with_experts_of_its_own_is_refused_by_its_switch() -> None:
-    with pytest.raises(ValueError, match="is_moe: must leave the dense model without experts of its own, got True"):
-        upcycle(dense_model("doge", is_moe=True, num_experts=4, num_experts_per_tok=2))
+@counted
+def test_mixtures_are_measured_in_mixed_models() -> None:
+    """One dense layer and one with experts of the family's own, where the family can have both."""
+    mixtures = [family for family in FAMILIES if category_of(family) == "mixture"]
+    refused = {family for family in mixtures if refusal_of(family)}
+    assert all("each of its layers holds experts of its own" in refusal_of(family) for family in refused)
+    able = {
+        family: [ffn.storage != "none" for ffn in locate_ffns(dense_of(family))]
+        for family in mixtures
+        if family not in refused
+    }
+    assert able.pop("granitemoehybrid") == [True, True]
+    assert {tuple(layers) for layers in able.values()} == {(True, False)}
+    assert (len(refused), len(able) + 1) == (22, 32)
+
+
+@counted
+def test_seventy_four_dense_decoders_have_code_of_their_own() -> None:
+    """The count of the research: those of the table, less what runs another family's code, and one that is refused."""
+    rows = [family for family in FAMILIES if category_of(family) == "dense decoder"]
+    another = {"internlm3", "iquestcoder", "cohere_compass_text"}
+    assert {"gpt_neox", "gpt_neox_japanese"} < set(rows)
+    assert len(set(rows) - another | {"zamba2"}) == 74
+    assert {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] for name in ("internlm3", "iquestcoder")} == {"LlamaForCausalLM"}
+
+
+def test_layers_with_experts_of_the_familys_own_stay() -> None:
+    dense = dense_model("doge", is_moe=True, num_experts=4, num_experts_per_tok=2)
+    with pytest.raises(ValueError, match=r"experts of its own \(DogeCDMoE.num_experts\); no other layer can be either"):
+        upcycle(dense, num_experts=2)
+    dense = dense_model("gemma4_text", enable_moe_block=True, top_k_experts=2)
+    assert {ffn.reason for ffn in locate_ffns(dense)} == {"it holds experts of its own (experts)"}
     types = ["mlp", "moe", "full_attention", "mlp"]
     dense = dense_model("nemotron_h", num_hidden_layers=4, layers_block_type=types)
-    with pytest.raises(ValueError, match="layers_block_type: must leave the dense model without experts"):
-        upcycle(dense, num_experts=2, sparse_layers=[0, 3])
+    with pytest.raises(ValueError, match=r"layer 1: .*; the layers .*sparse_layers=\[0, 3\]"):
+        upcycle(dense, num_experts=2, sparse_layers=[0, 1, 3])
+    sparse = upcycle(dense, num_experts=2, sparse_layers=[0, 3], verify=False)
+    assert prove_identity(dense, sparse).max_relative_difference <= TOLERANCE
+    assert not round_trip_faults(sparse)
 
 
 def test_doges_own_numbers_of_experts_do_not_become_ours() -> None:
     dense = dense_model("doge", num_experts=9)
     sparse = upcycle(dense, num_experts=3, num_experts_per_tok=1, verify=False)
     assert sparse.config.num_experts == 3
-    assert sparse.config.dense_config().num_experts == type(dense.config)().num_experts
+    assert sparse.config.dense_config().num_experts == 9
 
 
 def test_training_a_decoder_of_a_seq2seq_family() -> None:

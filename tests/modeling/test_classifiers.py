@@ -201,10 +201,16 @@ def test_the_same_routers_are_refused_for_a_decoder() -> None:
 
 def test_a_vision_tower_alone_is_a_base_model() -> None:
     with torch.device("meta"):
-        config = STMoEConfig.from_dense(tiny_config("siglip_vision_model"))
+        config = STMoEConfig.from_dense(tiny_config("clip_vision_model"))
         model = STMoEModel(config)
     assert len(blocks(model)) == 2
-    with pytest.raises(ValueError, match="'siglip_vision_model' has no dense class for STMoEForImageClassification"):
+    # Other vision towers have no classifier, not even as a part of a composite.
+    with torch.device("meta"):
+        config = STMoEConfig.from_dense(tiny_config("chinese_clip_vision_model"))
+        assert len(blocks(STMoEModel(config))) == 2
+    with pytest.raises(
+        ValueError, match="'chinese_clip_vision_model' has no dense class for STMoEForImageClassification"
+    ):
         STMoEForImageClassification(config)
 
 
