@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
+from st_moe.configuration.heads import auto_class_of
 from st_moe.configuration.routers import ROUTER_TYPES
 from st_moe.configuration.rules import layer_sizes, rule_faults, sparse_layer_indices
 
@@ -401,18 +402,16 @@ class STMoEConfig(PreTrainedConfig):
         return plan or None
 
     def num_parameters(self, active: bool = False) -> int:
-        """Number of parameters of the model with its head, of language or else of images; nothing is allocated.
+        """Number of parameters of the model with its head, see `auto_class_of`; nothing is allocated.
 
         Args:
             active: count only what one token uses: K of the E experts of each layer that has some.
         """
         # Counted on the host's Auto class over meta tensors, so any dense family is counted by its own code.
         import torch
-        from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 
-        kinds: Any = (AutoModelForCausalLM, AutoModelForImageClassification, AutoModel)
         with torch.device("meta"):
-            model = next(auto for auto in kinds if type(self) in auto._model_mapping).from_config(self)
+            model = auto_class_of(self).from_config(self)
         total = sum(parameter.numel() for parameter in model.parameters())
         if not active:
             return total

@@ -25,7 +25,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from st_moe.configuration import MIXTURE_FIELDS, STMoEConfig, dense_config_of, family_config
+from st_moe.configuration import MIXTURE_FIELDS, STMoEConfig, auto_class_of, dense_config_of, family_config
 from st_moe.conversion.checkpoint import CONFIG_FAULTS, checkpoint_tensors, dense_config
 from st_moe.conversion.from_disk import run_from_disk
 from st_moe.conversion.merge import check_compatible
@@ -44,7 +44,6 @@ from st_moe.conversion.tensor_files import (
 from st_moe.conversion.upcycle import fill_block, fill_router, load_dense, mixture_config_of, sparse_class
 from st_moe.modeling import locate_ffns
 from st_moe.modeling.experts import ModuleExperts
-from st_moe.modeling.families import dense_auto_class
 from st_moe.modeling.ffn import FFNLocation
 from st_moe.modeling.modeling_st_moe import STMoEPreTrainedModel
 from st_moe.modeling.sparse_block import SparseBlock
@@ -102,7 +101,7 @@ def _without_weights(source: str | Path) -> PreTrainedModel:
     """
     config = dense_config(source)
     family_config(dense_config_of(config, (config.architectures or [""])[0]).model_type)
-    auto = dense_auto_class(config)
+    auto = auto_class_of(config)
     try:
         with torch.device("meta"):
             return auto.from_config(config).eval()

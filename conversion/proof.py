@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,9 +63,10 @@ class IdentityProof:
 
     def __str__(self) -> str:
         verdict = "equal up to rounding" if self.holds else "NOT equal"
+        loss = "" if math.isnan(self.dense_loss) else f"; loss {self.dense_loss:.4f} -> {self.sparse_loss:.4f}"
         return (
             f"step 0: {verdict}; max relative logit difference {self.max_relative_difference:.1e} over "
-            f"{self.num_tokens} {self.unit}; loss {self.dense_loss:.4f} -> {self.sparse_loss:.4f}"
+            f"{self.num_tokens} {self.unit}{loss}"
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from st_moe.configuration import STMoEConfig, dense_config_of
+from st_moe.configuration import STMoEConfig, auto_class_of, dense_config_of
 from st_moe.conversion.checkpoint import check_checkpoint, dense_config
 from st_moe.conversion.merge import check_compatible, merged
 from st_moe.conversion.proof import IdentityProof, proof_tokens, prove_identity
@@ -28,7 +28,7 @@ from st_moe.conversion.router_init import (
 )
 from st_moe.modeling import STMoEModel, family_of, locate_ffns
 from st_moe.modeling.experts import ModuleExperts
-from st_moe.modeling.families import KINDS, dense_auto_class
+from st_moe.modeling.families import KINDS
 from st_moe.modeling.ffn import FFNLocation, check_sparse_layers
 from st_moe.modeling.modeling_st_moe import STMoEPreTrainedModel
 from st_moe.modeling.routing import Router
@@ -186,7 +186,7 @@ def load_dense(source: str | Path, offload: str | Path | None = None) -> PreTrai
         ValueError: when the folder or its files are not a dense checkpoint in safetensors.
     """
     check_checkpoint(source)
-    auto = dense_auto_class(dense_config(source))
+    auto = auto_class_of(dense_config(source))
     place = {} if offload is None else {"device_map": {"": "disk"}, "offload_folder": offload}
     loaded: Any = auto.from_pretrained(source, dtype="auto", use_safetensors=True, output_loading_info=True, **place)
     model, found = loaded

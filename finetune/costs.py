@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
-from st_moe.configuration import STMoEConfig
+from st_moe.configuration import STMoEConfig, auto_class_of
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _OUTSIDE = "embeddings and head"
@@ -102,14 +102,13 @@ class _Sums:
 
 
 def count_costs(config: STMoEConfig) -> Costs:
-    """Count a mixture with the head that its config names (a language model's, if none), from the config alone.
+    """Count a mixture with its head, see `auto_class_of`, from the config alone.
 
     Args:
         config: the mixture's config.
     """
-    classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
     with torch.device("meta"):
-        model = (AutoModelForSequenceClassification if classifier else AutoModelForCausalLM).from_config(config)
+        model = auto_class_of(config).from_config(config)
     sums: dict[str, _Sums] = {}
     for name, parameter in model.named_parameters():
         layer = _LAYER.search(name)

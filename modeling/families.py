@@ -21,7 +21,6 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils.output_capturing import OutputRecorder
@@ -46,15 +45,6 @@ KINDS: tuple[tuple[type[STMoEPreTrainedModel], Any, Any], ...] = (
     (STMoEForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, AutoModelForTokenClassification),
     (STMoEForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification),
 )
-
-
-def dense_auto_class(config: PreTrainedConfig) -> Any:
-    """The Auto class of the head that a dense checkpoint's config names; of causal language models if it names none."""
-    for public, _, auto_class in KINDS:
-        head = public.__name__.removeprefix("STMoE")
-        if public is not STMoEModel and any(name.endswith(head) for name in config.architectures or ()):
-            return auto_class
-    return AutoModelForCausalLM
 
 
 class Family:

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from st_moe import STMoEConfig, STMoEForCausalLM, STMoEForSequenceClassification
+from st_moe import STMoEConfig, STMoEForCausalLM, STMoEForImageClassification, STMoEForSequenceClassification
 from st_moe.finetune.costs import _BYTES, _COUNTS, _FLOPS, Costs, Part, _scaled, cost_tables, count_costs
 from tests.families import FAMILIES, HIDDEN, LAYERS, VOCAB, WIDTH, mixture, tiny_config, token_ids
 
@@ -136,6 +136,14 @@ def test_a_classifier_is_counted_with_its_own_head() -> None:
     costs = count_costs(model.config)
     assert costs.total == sum(parameter.numel() for parameter in model.parameters())
     assert parts_of(costs)["embeddings and head"].matmul == 3 * H
+
+
+def test_an_image_model_is_counted_with_its_own_head() -> None:
+    model = mixture("vit", auto=STMoEForImageClassification, num_labels=3)
+    costs = count_costs(model.config)
+    assert costs.total == sum(parameter.numel() for parameter in model.parameters())
+    assert costs.active == model.config.num_parameters(active=True)
+    assert costs.active < costs.total
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 2), (torch.float16, 2), (torch.float32, 4), (None, 4)])

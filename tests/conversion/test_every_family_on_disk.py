@@ -1,0 +1,32 @@
+"""Every family of the table goes from a dense folder to a mixture's folder, and the files compute the dense function."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.families import FAMILIES, IMAGE_MODELS, TOLERANCE, category_of, dense_of, measure, refusal_of
+from st_moe import locate_ffns
+from st_moe.conversion import upcycle_checkpoint
+
+CONVERTIBLE = [
+    family
+    for family in FAMILIES
+    if family in IMAGE_MODELS or not (category_of(family) == "alias" or refusal_of(family))
+]
+
+
+@pytest.mark.parametrize("family", CONVERTIBLE)
+def test_a_folder_becomes_a_mixtures_folder(family: str, tmp_path: Path) -> None:
+    try:
+        dense = dense_of(family)
+    except Exception:  # noqa: BLE001 -- whatever the host fails with in its own dense model
+        pytest.skip(f"this Transformers cannot build its own {family}: {measure(family).reason}")
+    dense.save_pretrained(tmp_path / "dense")
+    able = [ffn.layer for ffn in locate_ffns(dense) if ffn.storage != "none"]
+    proof = upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", num_experts=4, sparse_layers=able)
+    assert proof is not None
+    assert proof.max_relative_difference <= TOLERANCE
+
+
+def test_hardly_any_is_left_out() -> None:
+    assert len(CONVERTIBLE) > 130
