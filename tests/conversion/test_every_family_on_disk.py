@@ -1,4 +1,4 @@
-"""Every family of the table goes from a dense folder to a mixture's folder, and the files compute the dense function."""
+"""Every family of the table goes from a dense folder to that of a mixture, which computes the dense function."""
 
 from pathlib import Path
 
