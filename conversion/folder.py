@@ -139,17 +139,8 @@ def upcycle_checkpoint(
         plan = plan_checkpoint(sources, workshop / "fresh", max_shard_size=max_shard_size, **options, **mixture_fields)
         workshop.mkdir(parents=True, exist_ok=True)
         journal = Journal(workshop, plan.digest + (" with code" if bundle_code else ""))
+        _write_weights(plan, sources, workshop, journal, max_shard_size, {**options, **mixture_fields})
         folder = workshop / "model"
-        if plan.in_memory:
-            logger.warning(f"{source}: converted in memory, not streamed: {plan.in_memory}.")
-            with _keeping_nothing(workshop):
-                _in_memory(sources, folder, max_shard_size, {**options, **mixture_fields})
-        else:
-            _check_room(plan, workshop, journal)
-            with _progress(plan.num_bytes) as advance:
-                write_shards(plan, workshop, journal, advance)
-        if journal.non_finite:
-            logger.warning(f"{source}: weights are NaN or infinite: {faults_of(journal.non_finite)}.")
         _write_texts(plan, folder)
         proof = _proof(plan, folder, proof_text) if verify else None
         if proof is not None:
@@ -317,6 +308,28 @@ def _progress(total: int) -> Iterator[Any]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("writing", total=total)
         yield lambda count: progress.advance(task, count)
+
+
+def _write_weights(
+    plan: Plan,
+    sources: Sequence[str | Path],
+    workshop: Path,
+    journal: Journal,
+    max_shard_size: str,
+    arguments: dict[str, Any],
+) -> None:
+    """Write the files of weights, tensor by tensor where the checkpoint allows it."""
+    names = ", ".join(map(str, sources))
+    if plan.in_memory:
+        logger.warning(f"{names}: converted in memory, not streamed: {plan.in_memory}.")
+        with _keeping_nothing(workshop):
+            _in_memory(sources, workshop / "model", max_shard_size, arguments)
+    else:
+        _check_room(plan, workshop, journal)
+        with _progress(plan.num_bytes) as advance:
+            write_shards(plan, workshop, journal, advance)
+    if journal.non_finite:
+        logger.warning(f"{names}: weights are NaN or infinite: {faults_of(journal.non_finite)}.")
 
 
 def _in_memory(sources: Sequence[str | Path], folder: Path, max_shard_size: str, arguments: dict[str, Any]) -> None:
