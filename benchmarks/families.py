@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from benchmarks.measure import setting
+from benchmarks.measure import markdown_table, setting, write_table
 from benchmarks.tiny_models import dense_model, perturb
 from st_moe import locate_ffns, prove_identity, upcycle
 from st_moe.configuration import REFUSED_FAMILIES, family_config
@@ -63,7 +63,7 @@ ENCODERS = ("bert-generation",)
 DENSE_UNLESS_ASKED = ("doge", "gemma4_text", "nemotron_h")
 FAMILIES: tuple[str, ...] = (*sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *IMAGE_MODELS)
 
-_START, _END = "<!-- table of benchmarks.families -->", "<!-- end of the table -->"
+_NAME = "benchmarks.families"
 
 
 class Row(NamedTuple):
@@ -236,18 +236,9 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table with its command and setting, between the marks that the next run looks for."""
-    lines = [_START, "", f"`python -m benchmarks.families`, {setting()}.", "", f"{summary(rows)}.", ""]
-    lines += [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    lines += [f"| {' | '.join((row.family, row.category, *row.cells()))} |" for row in rows]
-    return "\n".join([*lines, "", _END])
-
-
-def write_markdown(path: Path, rows: Sequence[Row]) -> None:
-    """Put the table into a page, in the place of the one that is there, if any."""
-    page = path.read_text(encoding="utf-8") if path.exists() else f"{_START}{_END}\n"
-    before, _, rest = page.partition(_START)
-    path.write_text(before + markdown(rows) + rest.partition(_END)[2], encoding="utf-8")
+    """The table with its command and setting."""
+    said = (f"`python -m {_NAME}`, {setting()}.", f"{summary(rows)}.")
+    return markdown_table(_NAME, said, COLUMNS, [(row.family, row.category, *row.cells()) for row in rows])
 
 
 def main() -> None:
@@ -272,7 +263,7 @@ def main() -> None:
     console.print(table)
     console.print(summary(rows))
     if arguments.markdown:
-        write_markdown(arguments.markdown, rows)
+        write_table(arguments.markdown, _NAME, markdown(rows))
 
 
 if __name__ == "__main__":

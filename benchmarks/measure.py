@@ -1,4 +1,4 @@
-"""What the benchmarks share: CPU time in interleaved rounds, peak memory of a fresh process, and the machine's name."""
+"""What the benchmarks share: CPU time in interleaved rounds, peak memory, the machine's name, and tables in pages."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import datetime
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
+
+_END = "<!-- end of the table -->"
 
 
 def cpu_seconds(run: Callable[[], object], repeats: int) -> float:
@@ -63,3 +67,28 @@ def _cpu() -> str:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, as a fraction of the largest expected value."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def markdown_table(name: str, said: Iterable[str], columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The table of the benchmark `name` below paragraphs about it, between the marks that `write_table` looks for."""
+    lines = [_start(name), "", *(line for paragraph in said for line in (paragraph, ""))]
+    lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*lines, "", _END])
+
+
+def write_table(path: Path, name: str, table: str) -> None:
+    """Put a `markdown_table` into a page, in the place of the one that is there, if any."""
+    page = path.read_text(encoding="utf-8") if path.exists() else f"{_start(name)}{_END}\n"
+    before, _, rest = page.partition(_start(name))
+    path.write_text(before + table + rest.partition(_END)[2], encoding="utf-8")
+
+
+def _start(name: str) -> str:
+    """The mark before a benchmark's table."""
+    return f"<!-- table of {name} -->"

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from st_moe.modeling.routing import Router
+
 VOCAB, HIDDEN, WIDTH, LAYERS, HEADS = 96, 32, 48, 2, 4
 
 #: Fields under the names that most families use; a family takes those that it has.
@@ -195,6 +197,23 @@ def perturb(model: nn.Module, std: float = 0.05, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter += torch.randn(parameter.shape, generator=generator) * std
+
+
+@torch.no_grad()
+def sharpen(model: nn.Module, factor: float = 10.0) -> None:
+    """Scale the routers up, so that their choices differ between tokens."""
+    for module in model.modules():
+        if isinstance(module, Router) and "weight" in module._parameters:
+            module.weight *= factor
+
+
+@torch.no_grad()
+def favour_experts(model: nn.Module, std: float = 0.1, seed: int = 5) -> None:
+    """Move the selection biases of routers that have them off zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer += std * torch.randn(buffer.shape, generator=generator)
 
 
 def dense_model(family: str, auto: Any = AutoModelForCausalLM, seed: int = 0, **fields: Any) -> PreTrainedModel:

@@ -254,6 +254,8 @@ def _native_config(row: NativeTarget, family: Family, config: STMoEConfig) -> Pr
     if row.shared is not None and row.shared.field:
         count = config.num_shared_experts or (0 if row.shared.optional else 1)
         values[row.shared.field] = count if row.shared.counts else count * width
+    engine = {name: _value(rule, config) for name, rule in row.engine.items()}
+    values |= {name: value for name, value in engine.items() if value is not None}
     return CONFIG_MAPPING[row.name](**values, dtype=config.dtype)
 
 
@@ -294,10 +296,15 @@ def _dense_config(row: NativeTarget, family: Family, native: Any) -> tuple[Any, 
     return dense, [fault for fault in (*faults, *_unplaced(native, known)) if fault]
 
 
+def _one_for_all(value: Any) -> Any:
+    """A value that a config gives once, or for every layer."""
+    return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
+
+
 def _mixture_config(row: NativeTarget, native: Any, dense: PreTrainedConfig) -> STMoEConfig:
     """The mixture's fields of a native config, on the config of its dense family."""
     width = getattr(native, row.width)
-    values = {**row.ours, **{ours: getattr(native, name) for ours, name in row.fields.items()}}
+    values = {**row.ours, **{ours: _one_for_all(getattr(native, name)) for ours, name in row.fields.items()}}
     sparse = row.layers.sparse(native) if row.layers else list(range(native.num_hidden_layers))
     if not sparse:
         raise ValueError(f"source: must have a sparse layer to be a mixture, but this {row.name} has none")
@@ -344,7 +351,8 @@ def _padding(row: NativeTarget, config: STMoEConfig, tensors: Mapping[str, Tenso
         return []
     suffixes = tuple(f".{name}" for rows in _shared_rows(row) for name in rows.native)
     names = [name for name in tensors if name.endswith(suffixes)]
-    return names if all(not tensors[name].any() for name in names) else []
+    # What the gate says of an expert of zeros does not matter.
+    return names if not any(tensors[name].any() for name in names if not name.endswith(_SHARED_GATE)) else []
 
 
 def _translated(
@@ -377,7 +385,7 @@ def _translated(
         match = _LAYER.fullmatch(name)
         prefix, suffix = match.groups() if match else ("", name)
         if to_ours and suffix in zeros:
-            if tensor.any():
+            if tensor.any() and suffix != _SHARED_GATE:
                 raise ValueError(f"{name}: must be zero, for a mixture of {family.name} has nothing of the kind")
         elif suffix in groups:
             fused[prefix, groups[suffix]][suffix] = tensor
@@ -387,9 +395,17 @@ def _translated(
         found |= _regrouped(prefix, rows, parts, like, config, to_ours)
     if not to_ours:
         missing = [name for name in like if name not in found and name.endswith(tuple(f".{zero}" for zero in zeros))]
-        found |= {name: torch.zeros(like[name].shape, dtype=like[name].dtype) for name in missing}
+        found |= {name: _filling(name, like[name]) for name in missing}
     check_complete(found, like)
     return found
+
+
+def _filling(name: str, like: Tensor) -> Tensor:
+    """A tensor that computes nothing: zeros, and ones for the gate of an expert of zeros.
+
+    llama.cpp computes that gate's sigmoid as silu(x) / x, which is not a number where x is zero.
+    """
+    return torch.full(like.shape, float(name.endswith(_SHARED_GATE)), dtype=like.dtype)
 
 
 def _regrouped(

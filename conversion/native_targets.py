@@ -100,6 +100,8 @@ class NativeTarget:
         ours: values of our fields that it has built in.
         native: fields with the value that they must have.
         written: fields that are written with this value; what must hold where they are read is in `conditions`.
+        engine: fields that Transformers does not read, or reads in another form as well, and serving engines do, as the
+            architecture's published checkpoints have them; a function gets our config, and None is not written.
         width, dense_width: native fields of the experts' and of the dense layers' width.
         rows: tensors of the sparse block that are named differently.
         zeros: tensors of the router without a counterpart; zero means that they change nothing.
@@ -118,6 +120,7 @@ class NativeTarget:
     ours: Mapping[str, Any] = field(default_factory=dict)
     native: Mapping[str, Any] = field(default_factory=dict)
     written: Mapping[str, Any] = field(default_factory=dict)
+    engine: Mapping[str, Any] = field(default_factory=dict)
     width: str = "moe_intermediate_size"
     dense_width: str = "intermediate_size"
     rows: tuple[Rows, ...] = ()
@@ -238,6 +241,17 @@ def _first_layers(sparse: Sequence[int], num_layers: int) -> dict[str, Any] | No
     return {"first_k_dense_replace": first} if list(sparse) == list(range(first, num_layers)) else None
 
 
+def _leading_dense_layers(config: Any) -> int | None:
+    """How many dense layers come before the sparse ones, if all of them do."""
+    fields = _first_layers(config.sparse_layer_indices, config.num_hidden_layers)
+    return fields["first_k_dense_replace"] if fields else None
+
+
+def _in_every_layer(value: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
+    """A function of the config as a list with one entry per layer."""
+    return lambda config: [value(config)] * config.num_hidden_layers
+
+
 def _typed_layers(sparse: Sequence[int], num_layers: int) -> dict[str, Any]:
     return {"mlp_layer_types": ["sparse" if i in sparse else "dense" for i in range(num_layers)]}
 
@@ -288,6 +302,8 @@ _SIGMOID = {
     "routed_scaling_factor": "routed_scaling_factor",
 }
 _NORMALISED = {"norm_topk_prob": True}
+# Without the first, engines take a softmax; without the second, some leave the selection bias out.
+_SIGMOID_SCORES = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 _SHARED_COUNTED = SharedExperts("n_shared_experts", counts=True, gated=False, optional=False, rows=())
 _SHARED_QWEN = SharedExperts(
     "shared_expert_intermediate_size",
@@ -510,6 +526,14 @@ TARGETS: tuple[NativeTarget, ...] = (
         shared=SharedExperts(
             "", counts=True, gated=False, optional=False, rows=_projections("mlp.shared_experts", "mlp.shared_mlp")
         ),
+        engine={
+            "moe_topk": _in_every_layer(lambda config: config.layer_sizes[0][1]),
+            "moe_intermediate_size": _in_every_layer(
+                lambda config: config.moe_intermediate_size or config.intermediate_size
+            ),
+            "num_shared_expert": _in_every_layer(lambda config: 1),
+            "use_mixed_mlp_moe": True,
+        },
     ),
     NativeTarget(
         "glm4_moe",
@@ -543,6 +567,7 @@ TARGETS: tuple[NativeTarget, ...] = (
         "sigmoid_top_k",
         _SIGMOID,
         (Family("qwen3", {"use_sliding_window": lambda config: config.sliding_window is not None}),),
+        engine=_SIGMOID_SCORES,
         layers=_BY_FIRST,
         shared=_SHARED_COUNTED,
         extra=("head_dim",),
@@ -553,6 +578,7 @@ TARGETS: tuple[NativeTarget, ...] = (
         _SIGMOID,
         (Family("youtu", unread=("embedding_initializer_range",)),),
         written={"num_mtp_layers": 0},
+        engine=_SIGMOID_SCORES,
         layers=_BY_FIRST,
         shared=_SHARED_COUNTED,
     ),
@@ -561,6 +587,7 @@ TARGETS: tuple[NativeTarget, ...] = (
         "sigmoid_top_k",
         _SIGMOID,
         (Family("youtu", unread=("embedding_initializer_range",)),),
+        engine={**_SIGMOID_SCORES, "first_k_dense_replace": _leading_dense_layers},
         layers=_BY_TYPE,
         shared=_SHARED_COUNTED,
     ),

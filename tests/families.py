@@ -8,17 +8,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerFast
 
+from benchmarks.measure import relative_difference  # noqa: F401 -- the tests take it from here
 from benchmarks.tiny_models import (  # noqa: F401 -- the tests take them from here
     HIDDEN,
     LAYERS,
     VOCAB,
     WIDTH,
     dense_model,
+    favour_experts,
     perturb,
+    sharpen,
     tiny_config,
 )
 from st_moe import STMoEConfig, STMoEForCausalLM, upcycle
-from st_moe.modeling.routing import Router
 
 #: The families whose upcycled models are promised to compute the dense function.
 FAMILIES = (
@@ -78,14 +80,6 @@ def mixture(family: str = "llama", auto: type = STMoEForCausalLM, seed: int = 0,
     return model
 
 
-@torch.no_grad()
-def sharpen(model: nn.Module, factor: float = 10.0) -> None:
-    """Scale the routers up, so that their choices differ between tokens."""
-    for module in model.modules():
-        if isinstance(module, Router) and "weight" in module._parameters:
-            module.weight *= factor
-
-
 def token_ids(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:
     """Random ids int64 [batch, length] without the special tokens."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
@@ -96,11 +90,6 @@ def checkpoint_activations(model: PreTrainedModel, **kwargs: Any) -> None:
     name = "activation_checkpointing_enable"
     enable = getattr(model, name) if hasattr(model, name) else model.gradient_checkpointing_enable
     enable(kwargs or None)
-
-
-def relative_difference(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference, as a fraction of the largest expected value."""
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from tests.families import (
     FAMILIES,
     TOLERANCE,
     dense_model,
+    favour_experts,
     mixture,
     perturb,
     relative_difference,
@@ -77,10 +78,7 @@ def row_of(target: str) -> NativeTarget:
 def mixture_for(target: str, family: str, **fields: Any) -> STMoEForCausalLM:
     """A mixture that the target can hold; experts differ, routers are sharp, selection biases are not zero."""
     model = mixture(family, **{"router_type": row_of(target).router_type, **OWN_FIELDS.get(family, {}), **fields})
-    generator = torch.Generator().manual_seed(5)
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer += 0.1 * torch.randn(buffer.shape, generator=generator)
+    favour_experts(model)
     return model
 
 
@@ -286,6 +284,56 @@ def test_files_have_the_names_that_engines_read(tmp_path: Path) -> None:
     names = load_file(tmp_path / "native" / "model.safetensors").keys()
     assert "model.layers.0.mlp.experts.3.gate_proj.weight" in names
     assert "model.layers.1.mlp.gate.weight" in names
+
+
+@pytest.mark.parametrize(
+    ("target", "fields", "written"),
+    [
+        ("deepseek_v3", {}, {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
+        ("dots1", {}, {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
+        ("glm4_moe_lite", {}, {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "first_k_dense_replace": 0}),
+        ("glm4_moe_lite", {"sparse_layers": [1]}, {"first_k_dense_replace": 1}),
+        # This field cannot say so, and engines must not read it as if it could.
+        ("glm4_moe_lite", {"sparse_layers": [0]}, {"first_k_dense_replace": None}),
+        (
+            "hunyuan_v1_moe",
+            {"moe_intermediate_size": 20},
+            {
+                "moe_topk": [2, 2],
+                "moe_intermediate_size": [20, 20],
+                "num_shared_expert": [1, 1],
+                "use_mixed_mlp_moe": True,
+            },
+        ),
+    ],
+)
+def test_engines_find_the_fields_that_transformers_does_not_read(
+    target: str, fields: dict[str, Any], written: dict[str, Any], tmp_path: Path
+) -> None:
+    model = mixture_for(target, row_of(target).families[0].name, **fields)
+    export_native(model, target, tmp_path / "native")
+    config = json.loads((tmp_path / "native" / "config.json").read_text())
+    assert {name: config.get(name) for name in written} == written
+    assert import_native(tmp_path / "native").config.num_experts_per_tok == 2
+
+
+@pytest.mark.parametrize("gate", [None, 0.0], ids=["as it is written", "as it once was"])
+@pytest.mark.parametrize("target", ["qwen2_moe", "qwen3_5_moe_text"])
+def test_the_gate_of_an_expert_of_zeros_is_not_zero(target: str, gate: float | None, tmp_path: Path) -> None:
+    """llama.cpp divides by what this gate says."""
+    model = mixture_for(target, row_of(target).families[0].name)
+    export_native(model, target, tmp_path / "native")
+    file = tmp_path / "native" / "model.safetensors"
+    tensors = load_file(file)
+    gates = [name for name in tensors if name.endswith("shared_expert_gate.weight")]
+    assert len(gates) == 2
+    assert all(tensors[name].all() for name in gates)
+    assert not any(tensors[name].any() for name in tensors if ".shared_expert." in name)
+    if gate is not None:
+        save_file(tensors | {name: torch.full_like(tensors[name], gate) for name in gates}, file, {"format": "pt"})
+    back = import_native(tmp_path / "native")
+    assert back.config.num_shared_experts == 0
+    assert same(back.state_dict(), model.state_dict())
 
 
 def test_every_field_of_every_pair_is_accounted_for() -> None:

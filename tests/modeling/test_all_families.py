@@ -23,8 +23,8 @@ from benchmarks.families import (
     refusal_of,
     round_trip_faults,
     sparse_of,
-    write_markdown,
 )
+from benchmarks.measure import write_table
 from benchmarks.tiny_models import dense_model, perturb
 from st_moe import STMoEModel, locate_ffns, prove_identity, upcycle
 from st_moe.configuration import REFUSED_FAMILIES, dense_model_types
@@ -235,9 +235,9 @@ def test_no_two_rows_of_the_layouts_are_alike() -> None:
 
 def test_the_page_keeps_its_text_around_the_table(tmp_path: Path) -> None:
     page, rows = tmp_path / "page.md", [Row("llama", "dense decoder", difference=1e-7, round_trip=True)]
-    write_markdown(page, rows)
+    write_table(page, "benchmarks.families", markdown(rows))
     page.write_text(f"Before.\n\n{page.read_text()}\nAfter.\n")
-    write_markdown(page, rows)
+    write_table(page, "benchmarks.families", markdown(rows))
     text = page.read_text()
     assert text.startswith("Before.\n\n")
     assert text.endswith("\n\nAfter.\n")
