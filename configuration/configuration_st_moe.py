@@ -292,8 +292,9 @@ class STMoEConfig(PreTrainedConfig):
             # A saved config with these names could not be told from one with misspelt fields.
             logger.warning(f"Attributes of the dense config left out, too like mixture fields: {', '.join(foreign)}.")
         fields = {name: value for name, value in fields.items() if name not in foreign}
+        native |= mixture_fields.get("native_fields") or {}
         own = {"dense_model_type": dense_config.model_type, "native_fields": native or None}
-        return cls(**{**fields, **own, **mixture_fields})
+        return cls(**{**fields, **own, **mixture_fields, "native_fields": own["native_fields"]})
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -426,7 +427,7 @@ class STMoEConfig(PreTrainedConfig):
 
     def native_sizes(self, model: Any) -> dict[str, tuple[int, int]]:
         """E and K of the experts that the family has of its own in a model of this config, by their modules' names."""
-        choices = getattr(self.dense_config(), "num_experts_per_tok", None) if self.native_fields else None
+        choices = getattr(self.dense_config(), "num_experts_per_tok", None) if self.shared_names() else None
         ours = {id(block.experts) for block in model.base_model.sparse_blocks}
         named = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"]
         stacked = {name: len(next(module.parameters())) for name, module in named if id(module) not in ours}

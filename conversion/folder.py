@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
-from multiprocessing import get_context
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from torch import Tensor
 from transformers.utils import logging
 
 from st_moe.configuration import ROUTER_TYPES, STMoEConfig, check_own_code
 from st_moe.conversion.card import faults_of, model_card
-from st_moe.conversion.checkpoint import check_checkpoint, dense_config
+from st_moe.conversion.checkpoint import check_checkpoint, dense_config, non_finite_of
+from st_moe.conversion.processes import in_a_child, only_run
 from st_moe.conversion.streaming import Journal, Plan, checkpoint_of_progress, sync_folder, write_shards
 
 if TYPE_CHECKING:
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from st_moe.conversion.proof import IdentityProof
-    from st_moe.conversion.router_init import RouterStart, Text
+    from st_moe.conversion.router_init import Text
 
 logger = logging.get_logger(__name__)
 
@@ -116,13 +114,12 @@ def upcycle_checkpoint(
     target = Path(destination).resolve()
     sources = [source] if isinstance(source, str | Path) else list(source)
     workshop = target.with_name(f"{target.name}.partial")
-    _tidy(workshop, target)
-    for one in sources:
-        _check_destination(target, one, overwrite)
     if require_identity is not None and not (verify and require_identity >= 0):
         raise ValueError(
             f"require_identity: must not be negative, and needs verify=True, got {require_identity!r} and {verify}"
         )
+    if proof_text is not None and not verify:
+        raise ValueError("proof_text: needs verify=True, got verify=False")
     if bundle_code:
         _check_code(sources[0], mixture_fields)
     options: dict[str, Any] = {
@@ -135,8 +132,14 @@ def upcycle_checkpoint(
         "tokenizer": tokenizer,
         "seed": seed,
     }
-    with _explaining_a_full_disk(workshop):
-        plan = plan_checkpoint(sources, workshop / "fresh", max_shard_size=max_shard_size, **options, **mixture_fields)
+    with only_run(target), _explaining_a_full_disk(workshop):
+        _tidy(workshop, target)
+        for one in sources:
+            _check_destination(target, one, overwrite)
+        plan = plan_checkpoint(
+            sources, workshop / "fresh", max_shard_size=max_shard_size, verify=verify, proof_text=proof_text,
+            **options, **mixture_fields
+        )  # fmt: skip
         workshop.mkdir(parents=True, exist_ok=True)
         journal = Journal(workshop, plan.digest + (" with code" if bundle_code else ""))
         _write_weights(plan, sources, workshop, journal, max_shard_size, {**options, **mixture_fields})
@@ -171,12 +174,14 @@ def plan_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
     max_shard_size: str = "5GB",
+    verify: bool = True,
+    proof_text: str | None = None,
     **mixture_fields: Any,
 ) -> Plan:
     """What `upcycle_checkpoint` would write, after every check of its arguments and of the source.
 
     Args:
-        source, max_shard_size, mixture_fields, and how experts and routers are made: as there.
+        source, max_shard_size, verify, proof_text, mixture_fields, and how experts and routers are made: as there.
         fresh: file to write with the parts that no recipe makes; None writes nothing at all, and reads no text.
 
     Raises:
@@ -192,6 +197,8 @@ def plan_checkpoint(
         "recipe_options": recipe_options or {},
         "router_std": router_std,
         "router": (router_init, router_options or {}, router_texts, tokenizer),
+        "verify": verify,
+        "proof_text": proof_text,
         "seed": seed,
         "max_shard_size": max_shard_size,
         "fields": mixture_fields,
@@ -203,9 +210,7 @@ def _apart(sources: Sequence[str | Path], fresh: Path | None, arguments: Mapping
     """Make the plan in a process that ends before anything large is written, unless model classes are here anyway."""
     if sys.platform != "linux" or "transformers.modeling_utils" in sys.modules:
         return _plan(sources, fresh, arguments)
-    # Forked, so that it shares what is already imported; nothing here has started threads by now.
-    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
-        return pool.submit(_plan, sources, fresh, arguments).result()
+    return in_a_child(_plan, sources, fresh, arguments)
 
 
 def _plan(sources: Sequence[str | Path], fresh: Path | None, arguments: Mapping[str, Any]) -> Plan:
@@ -224,18 +229,24 @@ def _plan(sources: Sequence[str | Path], fresh: Path | None, arguments: Mapping[
             source = huggingface_hub.snapshot_download(str(source), allow_patterns=patterns)
             check_checkpoint(Path(source))
         folders.append(Path(source).absolute())
-    return make_plan(folders, fresh, router_start=_with_tokenizer(start, folders[0]), **others)
+    if start.tokenizer is None and not all(isinstance(text, Tensor) for text in start.texts or ()):
+        start = start._replace(tokenizer=_tokenizer(folders[0]))
+    return make_plan(folders, fresh, router_start=start, **others)
 
 
-def _with_tokenizer(start: RouterStart, source: Path) -> RouterStart:
-    """With the source's tokenizer, where texts need one and none is given."""
-    from torch import Tensor
+def _tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; code that it brings is never run.
 
-    if start.tokenizer is not None or all(isinstance(text, Tensor) for text in start.texts or ()):
-        return start
+    Raises:
+        ValueError: when there is none, or it cannot be read.
+    """
     from transformers import AutoTokenizer
 
-    return start._replace(tokenizer=AutoTokenizer.from_pretrained(source, trust_remote_code=False))
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"source: must hold a tokenizer that can be read, but {source} does not: {reason}") from None
 
 
 def _check_destination(target: Path, source: str | Path, overwrite: bool) -> None:
@@ -284,7 +295,7 @@ def _explaining_a_full_disk(workshop: Path) -> Iterator[None]:
 
 @contextmanager
 def _keeping_nothing(workshop: Path) -> Iterator[None]:
-    """Remove the workshop if the block fails: what was made in memory cannot be gone on with."""
+    """Remove the workshop if the block fails: what was made in memory, or is not wanted, is not gone on with."""
     try:
         yield
     except BaseException:
@@ -322,8 +333,10 @@ def _write_weights(
     names = ", ".join(map(str, sources))
     if plan.in_memory:
         logger.warning(f"{names}: converted in memory, not streamed: {plan.in_memory}.")
+        shutil.rmtree(workshop / "model")  # whatever a run with other arguments left: its plan was the same
         with _keeping_nothing(workshop):
-            _in_memory(sources, workshop / "model", max_shard_size, arguments)
+            journal.non_finite = non_finite_of(plan.sources)
+            _in_memory(plan, workshop / "model", max_shard_size, arguments)
     else:
         _check_room(plan, workshop, journal)
         with _progress(plan.num_bytes) as advance:
@@ -332,10 +345,13 @@ def _write_weights(
         logger.warning(f"{names}: weights are NaN or infinite: {faults_of(journal.non_finite)}.")
 
 
-def _in_memory(sources: Sequence[str | Path], folder: Path, max_shard_size: str, arguments: dict[str, Any]) -> None:
+def _in_memory(plan: Plan, folder: Path, max_shard_size: str, arguments: dict[str, Any]) -> None:
     """Convert with the whole model in memory."""
     from st_moe.conversion.upcycle import upcycle
 
+    sources = plan.sources
+    if arguments["tokenizer"] is None and not all(isinstance(text, Tensor) for text in arguments["router_texts"] or ()):
+        arguments = {**arguments, "tokenizer": _tokenizer(sources[0])}
     model = upcycle(sources if len(sources) > 1 else sources[0], verify=False, **arguments)
     checkpoint_of_progress("write")
     model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -343,6 +359,9 @@ def _in_memory(sources: Sequence[str | Path], folder: Path, max_shard_size: str,
 
 def _write_texts(plan: Plan, folder: Path) -> None:
     """Write the configs, and keep the tokenizer and what else travels with a checkpoint."""
+    for path in folder.iterdir() if not plan.in_memory else ():
+        if path.name not in {shard.name for shard in plan.shards}:  # left by a run that was stopped
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name, text in plan.texts.items():
         if not (folder / name).exists() or not plan.in_memory:
             (folder / name).write_text(text, encoding="utf-8")
@@ -378,9 +397,7 @@ def _copy_companions(source: str | Path, target: Path) -> None:
         logger.warning(f"No tokenizer in {source}, so none is written.")
     elif not _names_its_class(target / "tokenizer_config.json"):
         # The class would be looked up by the model's type, which is another one now.
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(target)
+        _tokenizer(source).save_pretrained(target)
 
 
 def _names_its_class(config: Path) -> bool:
@@ -412,28 +429,11 @@ def _judge(proof: IdentityProof, plan: Plan, journal: Journal, most: float | Non
     difference = proof.max_relative_difference
     if most is not None and not difference <= most:  # NaN is not either
         raise ValueError(f"require_identity: must be at most {most:g}, but {proof}")
-    if plan.facts["exact"] and not proof.holds and not journal.non_finite and math.isfinite(difference):
+    if plan.facts["exact"] and not proof.holds and not journal.non_finite:
         raise RuntimeError(
             f"The mixture should compute the dense function and does not ({proof}). The FFN of {plan.facts['family']!r}"
             " is not what its layout says; please report this family."
         )
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `target` at the end of the block; if that fails, nothing stays."""
-    made = [parent for parent in target.parents if not parent.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    workshop = Path(mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        (workshop / "model").mkdir()
-        yield workshop / "model"
-        _exchange(workshop, target)
-    finally:
-        shutil.rmtree(workshop, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):  # not empty: the new folder stands in it
-                parent.rmdir()
 
 
 def _exchange(workshop: Path, target: Path) -> None:

@@ -47,6 +47,8 @@ def run_from_disk(
         return run(model)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
+        if "meta" not in reason:  # where weights that are not there are
+            raise
     finally:
         shutil.rmtree(offload)
     logger.warning(f"Loaded whole, for it cannot be run module by module from the disk: {reason}.")

@@ -29,6 +29,7 @@ from st_moe.configuration import MIXTURE_FIELDS, STMoEConfig, auto_class_of, den
 from st_moe.conversion.checkpoint import CONFIG_FAULTS, checkpoint_tensors, dense_config
 from st_moe.conversion.from_disk import run_from_disk
 from st_moe.conversion.merge import check_compatible
+from st_moe.conversion.proof import inputs_of, proof_tokens
 from st_moe.conversion.recipes import FFNTensors, LayerTensors, try_recipe
 from st_moe.conversion.router_init import RouterInputs, RouterStart, check_rows, inputs_of_ffns, start_router
 from st_moe.conversion.streaming import Output, Plan, Shard, SparseLayer, StoredFFN, fingerprint
@@ -41,7 +42,7 @@ from st_moe.conversion.tensor_files import (
     header_of,
     num_bytes,
 )
-from st_moe.conversion.upcycle import fill_block, fill_router, load_dense, mixture_config_of, sparse_class
+from st_moe.conversion.upcycle import fill_block, fill_router, load_dense, mixture_config_of, shown, sparse_class
 from st_moe.modeling import locate_ffns
 from st_moe.modeling.experts import ModuleExperts
 from st_moe.modeling.ffn import FFNLocation
@@ -49,6 +50,12 @@ from st_moe.modeling.modeling_st_moe import STMoEPreTrainedModel
 from st_moe.modeling.sparse_block import SparseBlock
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
+
+# Fields of configs that say how many layers there are.
+_LAYER_NUMBERS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_layers_per_stack", "encoder_layers"),
+    *("decoder_layers", "num_encoder_layers", "num_decoder_layers"),
+)
 
 
 class NotPlain(Exception):
@@ -121,6 +128,8 @@ def make_plan(
     router_start: RouterStart,
     seed: int,
     max_shard_size: str,
+    verify: bool,
+    proof_text: str | None,
     fields: Mapping[str, Any],
 ) -> Plan:
     """Everything that a conversion will write, and the parts that no recipe makes.
@@ -131,6 +140,7 @@ def make_plan(
         recipe, recipe_options, router_std, seed, fields: as for `upcycle`.
         router_start: how the routers start, see `upcycle`.
         max_shard_size: largest file, such as `"5GB"`.
+        verify, proof_text: whether there will be a proof, and what it will read, so that it will be able to.
 
     Returns:
         The plan; with `in_memory` and no shards when the checkpoint is not plain.
@@ -146,6 +156,8 @@ def make_plan(
         _check_depth(folder, len(own))
     models = Models(source, recipe, recipe_options, fields)
     _name_dtype(models, tensors[0])
+    if verify:
+        inputs_of(models.dense, proof_tokens(source, models.dense, proof_text), None)
     plan = Plan(
         tuple(map(str, sources)), recipe, dict(recipe_options), facts=_facts(models, recipe_options),
         texts=_texts(models, source),
@@ -198,12 +210,14 @@ def _router_inputs(
 def _check_depth(folder: Path, num_tensors: int) -> None:
     """Refuse a config with more layers than the files have tensors, before lists of that length are made of it."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-        if type(config.get(name)) is int and config[name] > num_tensors:
-            raise ValueError(
-                f"source: {name} in {folder / 'config.json'} must fit the weights, got {config[name]}, and there are "
-                f"only {num_tensors} tensors"
-            )
+    parts = {"": config, **{f"{name}.": part for name, part in config.items() if isinstance(part, dict)}}
+    for prefix, part in parts.items():
+        for name, count in part.items():
+            if name in _LAYER_NUMBERS and type(count) is int and count > num_tensors:
+                raise ValueError(
+                    f"source: {prefix}{name} in {folder / 'config.json'} must fit the weights, got {count}, and there "
+                    f"are only {num_tensors} tensors"
+                )
 
 
 def _name_dtype(models: Models, tensors: Mapping[str, StoredTensor]) -> None:
@@ -272,7 +286,7 @@ def stored_by_name(
         if names:
             raise ValueError(
                 f"source: the tensors of {source} must be those of its config; {fault.replace('_', ' ')}: "
-                f"{_shown(sorted(names))}"
+                f"{shown(sorted(names))}"
             )
     for name, tensor in wanted.items():
         if name in found:
@@ -305,10 +319,6 @@ def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     if one == other or (one.dtype, one.shape) != (other.dtype, other.shape):
         return one == other
     return all(a == b for a, b in zip(chunks_of(one), chunks_of(other), strict=True))
-
-
-def _shown(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _sparse_layer(models: Models, index: int, stored: Sequence[Mapping[str, StoredTensor]]) -> SparseLayer:
@@ -378,6 +388,7 @@ def _write_fresh(
                     file.write(data)
             made[index] = replace(layers[index], fresh=fresh, generator=state)
             block.to(device="meta")
+    models.sparse.tie_weights()  # meta tensors of their own are no longer tied
     return made, digest.hexdigest()
 
 

@@ -144,8 +144,12 @@ def compared(dense: Outputs, sparse: Outputs, inputs: Tensor, mask: Tensor) -> I
     ]
     # The maximum of a tensor, unlike that of a list, is NaN if anything is.
     difference, scale = torch.stack(extremes).amax(0)
+    if scale == 0:
+        raise ValueError(
+            "inputs: the dense model's outputs are all zero, which proves nothing; give other inputs or verify=False"
+        )
     return IdentityProof(
-        max_relative_difference=(difference / scale.clamp(min=torch.finfo(torch.float32).tiny)).item(),
+        max_relative_difference=(difference / scale).item(),
         dense_loss=theirs_loss,
         sparse_loss=ours_loss,
         num_tokens=int(mask.sum()),
@@ -203,7 +207,8 @@ def proof_tokens(source: str | Path, model: PreTrainedModel, text: str | None = 
         return None
     config = model.config.get_text_config()
     most = _MOST_TOKENS if text is None else _MOST_TOKENS_GIVEN
-    most = min(most, getattr(config, "max_position_embeddings", None) or most)
+    positions = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
+    most = min(most, *(count or most for count in positions))
     ids = tokenizer(PROOF_TEXT if text is None else text, return_tensors="pt")["input_ids"][:, :most].long()
     if ids.shape[1] > 1 and int(ids.max()) < config.vocab_size:
         return ids

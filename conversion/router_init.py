@@ -262,9 +262,15 @@ def inputs_of_modules(
         for one in [text] if isinstance(text, str | Tensor) else text:
             ids, mask = tokens_of(model, one, tokenizer)
             with _catching(modules) as caught, evaluating(model), torch.no_grad():
-                model(input_ids=ids.to(input_device(model)), attention_mask=mask.to(input_device(model)))
+                # Without a head, whose logits of all tokens would be large.
+                model.base_model(input_ids=ids.to(input_device(model)), attention_mask=mask.to(input_device(model)))
             for layer, module in zip(seen, modules, strict=True):
                 # A layer that is run several times sees the text as often.
+                if any(hidden.numel() != ids.numel() * hidden.shape[-1] for hidden in caught[module]):
+                    raise ValueError(
+                        f"router_init: {type(model).__name__} routes other tokens than those of the text, so its "
+                        "routers cannot start from text; choose 'normal' or 'zeros'"
+                    )
                 calls = torch.stack([hidden.view(*ids.shape, -1) for hidden in caught[module]], dim=1)
                 layer[-1].extend(sequence.flatten(0, 1) for sequence in calls)
     return seen

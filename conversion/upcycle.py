@@ -194,11 +194,11 @@ def load_dense(source: str | Path, offload: str | Path | None = None) -> PreTrai
         names = sorted(str(key) for key in found.get(fault) or ())
         if names:
             kind = fault.replace("_", " ")
-            raise ValueError(f"dense: the tensors of {source} must be those of its config; {kind}: {_shown(names)}")
+            raise ValueError(f"dense: the tensors of {source} must be those of its config; {kind}: {shown(names)}")
     return model
 
 
-def _shown(names: Sequence[str], most: int = 5) -> str:
+def shown(names: Sequence[str], most: int = 5) -> str:
     """The first names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -431,5 +431,5 @@ def _check_finite(dense: PreTrainedModel) -> None:
     if names:
         raise ValueError(
             f"dense: every weight must be finite, but {len(names)} of {len(parameters)} tensors hold NaN or infinity: "
-            f"{_shown(names)}; take a checkpoint from before they were spoilt, or save it anew in a wider dtype"
+            f"{shown(names)}; take a checkpoint from before they were spoilt, or save it anew in a wider dtype"
         )
