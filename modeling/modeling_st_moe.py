@@ -431,7 +431,7 @@ class STMoEModel(STMoEPreTrainedModel):
         """The dense family's forward pass over sparse layers; arguments and output are the family's.
 
         Args:
-            output_router_logits: also return `router_logits`, float32 [B * S, E] per sparse layer.
+            output_router_logits: also return `router_logits`, float32 [B * S, E] per run of a sparse layer.
         """
         kwargs |= dict(zip(self.positional_names, args, strict=False))
         want_logits, return_dict = self._take_flags(kwargs)
@@ -486,7 +486,7 @@ class _Head(STMoEPreTrainedModel):
         """The dense family's forward pass and loss, plus the routers' losses; arguments are the family's.
 
         Args:
-            output_router_logits: also return `router_logits`, float32 [B * S, E] per sparse layer.
+            output_router_logits: also return `router_logits`, float32 [B * S, E] per run of a sparse layer.
         """
         kwargs |= dict(zip(self.positional_names, args, strict=False))
         want_logits, return_dict = self._take_flags(kwargs)

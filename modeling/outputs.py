@@ -20,7 +20,7 @@ class STMoEModelOutput(ModelOutput):
         last_hidden_state: [B, S, H].
         past_key_values: the dense family's cache.
         hidden_states, attentions, cross_attentions: as the dense family returns them.
-        router_logits: float32 [T, E] per sparse layer, when asked for with `output_router_logits`.
+        router_logits: float32 [T, E] per run of a sparse layer, when asked for with `output_router_logits`.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -43,7 +43,7 @@ class _WithRouting(ModelOutput):
         aux_loss: the auxiliary losses times their coefficients, summed.
         aux_losses: each auxiliary loss by name, without its coefficient.
         logits: [B, S, V]; of a classifier [B, labels], or of tokens [B, S, labels].
-        router_logits: float32 [T, E] per sparse layer, when asked for with `output_router_logits`.
+        router_logits: float32 [T, E] per run of a sparse layer, when asked for with `output_router_logits`.
         expert_load: float32 [L, E], share of the assignments per expert; rows sum to 1. Where layers differ in their
             number of experts, E is the largest and the rest is 0.
         router_entropy: float32 [L], entropy of the router's probabilities as a fraction of ln E.

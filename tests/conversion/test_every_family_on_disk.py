@@ -6,8 +6,10 @@ import pytest
 
 from benchmarks.families import FAMILIES, IMAGE_MODELS, TOLERANCE, category_of, dense_of, measure, refusal_of
 from st_moe import locate_ffns
-from st_moe.conversion import upcycle_checkpoint
+from st_moe.conversion import from_disk, upcycle_checkpoint
 
+#: Of these, a module reads weights of another, so that they cannot run with their weights on the disk.
+LOADED_WHOLE = {"llama4_text", "prophetnet", "siglip", "siglip_vision_model"}
 CONVERTIBLE = [
     family
     for family in FAMILIES
@@ -16,7 +18,10 @@ CONVERTIBLE = [
 
 
 @pytest.mark.parametrize("family", CONVERTIBLE)
-def test_a_folder_becomes_a_mixtures_folder(family: str, tmp_path: Path) -> None:
+def test_a_folder_becomes_a_mixtures_folder(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(from_disk.logger, "propagate", True)
     try:
         dense = dense_of(family)
     except Exception:  # noqa: BLE001 -- whatever the host fails with in its own dense model
@@ -26,6 +31,7 @@ def test_a_folder_becomes_a_mixtures_folder(family: str, tmp_path: Path) -> None
     proof = upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", num_experts=4, sparse_layers=able)
     assert proof is not None
     assert proof.max_relative_difference <= TOLERANCE
+    assert ("Loaded whole" in caplog.text) == (family in LOADED_WHOLE)
 
 
 def test_hardly_any_is_left_out() -> None:

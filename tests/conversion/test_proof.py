@@ -253,3 +253,10 @@ def test_one_token_has_no_next_token() -> None:
     assert proof.holds
     assert math.isnan(proof.dense_loss)
     assert proof.num_tokens == 2
+
+
+def test_outputs_of_zeros_prove_nothing() -> None:
+    dense = dense_model("llama")
+    torch.nn.init.zeros_(dense.lm_head.weight)
+    with pytest.raises(ValueError, match="inputs: the dense model's outputs are all zero, which proves nothing"):
+        upcycle(dense, num_experts=2, recipe="noise")

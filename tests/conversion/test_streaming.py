@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Model
 
+from benchmarks import tiny_models
 from st_moe import upcycle
 from st_moe.conversion import folder as folder_module
-from st_moe.conversion import from_disk, streaming, upcycle_checkpoint
+from st_moe.conversion import from_disk, processes, streaming, upcycle_checkpoint
 from st_moe.conversion import plan as plan_module
 from st_moe.conversion.card import plan_table
 from st_moe.conversion.folder import plan_checkpoint
@@ -528,6 +530,142 @@ def test_other_routers_are_another_plan(stock: Path, tmp_path: Path, stop_at: An
     convert(stock, tmp_path / "moe", **change)
     convert(stock, tmp_path / "straight", **change)
     assert contents(tmp_path / "moe") == contents(tmp_path / "straight")
+
+
+# ------------------------------------------------------------------------------------------------ processes, leftovers
+
+
+def test_a_planner_does_not_outlive_its_run(stock: Path, tmp_path: Path) -> None:
+    code = """
+import os, sys, time
+from pathlib import Path
+from st_moe.conversion import folder
+
+def plan(*arguments):
+    Path(sys.argv[3]).write_text(str(os.getpid()))
+    time.sleep(60)
+
+folder._plan = plan
+folder.upcycle_checkpoint(sys.argv[1], sys.argv[2], num_experts=3)
+"""
+    noted = tmp_path / "planner"
+    command = [sys.executable, "-c", code, str(stock), str(tmp_path / "moe"), str(noted)]
+    with subprocess.Popen(command) as run:
+        deadline = time.monotonic() + 60
+        while not (noted.exists() and noted.read_text(encoding="utf-8")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        planner = int(noted.read_text(encoding="utf-8"))
+        os.kill(planner, 0)
+        run.kill()
+    convert(stock, tmp_path / "moe")  # at once
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{planner}").exists() and "State:\tZ" not in Path(f"/proc/{planner}/status").read_text("utf-8"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    convert(stock, tmp_path / "straight")
+    assert contents(tmp_path / "moe") == contents(tmp_path / "straight")
+
+
+def test_a_second_run_for_one_destination_is_refused(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_PATIENCE", 0.1)
+    with processes.only_run(tmp_path / "moe"):
+        with pytest.raises(ValueError, match=r"destination: another run is at work on .*moe; wait for it"):
+            convert(stock, tmp_path / "moe")
+        convert(stock, tmp_path / "other")
+    convert(stock, tmp_path / "moe")
+    assert contents(tmp_path / "moe") == contents(tmp_path / "other")
+
+
+def test_a_child_answers_raises_or_is_missed() -> None:
+    assert processes.in_a_child(divmod, 7, 2) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        processes.in_a_child(divmod, 7, 0)
+    with pytest.raises(RuntimeError, match="ended with code 3"):
+        processes.in_a_child(os._exit, 3)
+
+
+def test_a_killed_conversion_in_memory_leaves_nothing_behind(tmp_path: Path, stop_at: Any) -> None:
+    dense = tmp_path / "dense"
+    dense_model("hrm_text").save_pretrained(dense)
+    fields = {"recipe": "copy", "verify": True}
+    events = stop_at(0, lambda: None)
+    convert(dense, tmp_path / "straight", **fields, max_shard_size="5GB")
+    at = events.index("run") + 1
+    assert killed(dense, tmp_path / "moe", stop_at, at, **fields, max_shard_size="20KB")
+    assert (tmp_path / "moe.partial" / "model" / "model.safetensors.index.json").exists()
+    stop_at(0, lambda: None)
+    convert(dense, tmp_path / "moe", **fields, max_shard_size="5GB")
+    assert contents(tmp_path / "moe") == contents(tmp_path / "straight")
+
+
+def test_files_that_the_source_no_longer_has_are_not_kept(stock: Path, tmp_path: Path, stop_at: Any) -> None:
+    dense = tmp_path / "dense"
+    shutil.copytree(stock, dense)
+    (dense / "LICENSE").write_text("mine", encoding="utf-8")
+    events = stop_at(0, lambda: None)
+    convert(dense, tmp_path / "first", verify=True)
+    assert killed(dense, tmp_path / "moe", stop_at, events.index("run") + 1, verify=True)
+    assert (tmp_path / "moe.partial" / "model" / "LICENSE").exists()
+    (dense / "LICENSE").unlink()
+    stop_at(0, lambda: None)
+    convert(dense, tmp_path / "moe", verify=True)
+    assert contents(tmp_path / "moe").keys() == contents(tmp_path / "first").keys() - {"LICENSE"}
+
+
+def test_texts_for_a_model_that_is_converted_in_memory(tmp_path: Path) -> None:
+    dense_model("hrm_text").save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    fields = {"num_experts": 2, "router_init": "cluster", "router_texts": ["the quick brown fox jumps"]}
+    upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", **fields)  # type: ignore[arg-type]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    expected = upcycle(tmp_path / "dense", tokenizer=tiny_tokenizer(), verify=False, **fields)  # type: ignore[arg-type]
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["cpmant", "prophetnet"])
+def test_routers_that_see_other_tokens_do_not_start_from_text(family: str, tmp_path: Path) -> None:
+    dense_model(family).save_pretrained(tmp_path / "dense")
+    texts = [torch.randint(3, 90, (2, 12))]
+    with pytest.raises(ValueError, match=r"router_init: .* routes other tokens than those of the text"):
+        convert(tmp_path / "dense", tmp_path / "moe", recipe="copy", router_init="cluster", router_texts=texts)
+
+
+def test_ties_between_layers_are_kept(tmp_path: Path) -> None:
+    tiny_models.dense_model("zamba").save_pretrained(tmp_path / "dense")
+    assert_same_as_in_memory(tmp_path / "dense", tmp_path, shard="20KB", sparse_layers=[1, 3])
+
+
+def test_running_out_of_memory_is_no_reason_to_take_more(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(from_disk, "outputs_of", fail)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        convert(stock, tmp_path / "moe", verify=True)
+    assert not (tmp_path / "moe").exists()
+
+
+def test_a_proof_that_is_not_a_number_fails(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = IdentityProof(float("nan"), 1.0, 1.0, 64, 1e-4)
+    monkeypatch.setattr(from_disk, "prove_folder", lambda *arguments: proof)
+    with pytest.raises(RuntimeError, match="should compute the dense function and does not"):
+        convert(stock, tmp_path / "moe", recipe="copy", verify=True)
+    assert not (tmp_path / "moe").exists()
+
+
+def test_faults_of_the_proofs_inputs_show_before_anything_is_written(stock: Path, tmp_path: Path) -> None:
+    for fields, message in (
+        ({"proof_text": "the fox", "verify": False}, "proof_text: needs verify=True"),
+        ({"proof_text": ""}, "proof_text: must be two or more tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            upcycle_checkpoint(stock, tmp_path / "moe", num_experts=2, **fields)  # type: ignore[arg-type]
+        assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------ around it

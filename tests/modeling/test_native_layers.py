@@ -259,3 +259,22 @@ def test_families_refused_for_their_experts_have_no_dense_layer(family: str) -> 
     ]
     assert holding
     assert all(holding)
+
+
+def test_native_experts_are_counted_in_a_config_that_leaves_them_to_the_familys_defaults() -> None:
+    shared = family_config("qwen3_moe").shared_names()
+    default = CONFIG_MAPPING["qwen3_moe"]()
+    dense = tiny_config("qwen3_moe", **MIXED["qwen3_moe"], **{name: getattr(default, name) for name in shared})
+    through = STMoEConfig.from_dense(dense, **FIELDS, sparse_layers=[1])
+    alone = STMoEConfig.from_dict({**through.to_dict(), "native_fields": None})
+    assert alone.native_fields is None
+    assert alone.num_parameters(active=True) == through.num_parameters(active=True) < through.num_parameters() / 2
+    assert [part.kind for part in count_costs(alone).parts] == [part.kind for part in count_costs(through).parts]
+
+
+def test_native_fields_given_are_laid_over_the_dense_models() -> None:
+    dense = tiny_config("qwen3_moe", **MIXED["qwen3_moe"])
+    config = STMoEConfig.from_dense(dense, **FIELDS, sparse_layers=[1], native_fields={"num_experts_per_tok": 1})
+    untouched = STMoEConfig.from_dense(dense, **FIELDS, sparse_layers=[1]).native_fields
+    assert config.native_fields == {**untouched, "num_experts_per_tok": 1}
+    assert untouched["num_experts_per_tok"] != 1
