@@ -46,7 +46,7 @@ class LayerTensors(NamedTuple):
     """What a recipe makes of one layer.
 
     Attributes:
-        experts: weights of all E experts, each with a leading E.
+        experts: weights of all E experts, each with a leading E; experts that are equal may share memory.
         shared: weights of the FFN that every token passes, without a leading E; None where the config has none, or
             where it should start as one that adds nothing.
     """
@@ -72,7 +72,7 @@ def read_ffn(ffn: FFNLocation) -> FFNTensors:
 
 def copy(sources: Sequence[FFNTensors], num_experts: int, generator: torch.Generator) -> LayerTensors:
     """Every expert is the dense FFN: step 0 computes the dense function (Komatsuzaki et al. 2022)."""
-    return LayerTensors(_copies(sources[0], num_experts))
+    return LayerTensors(_views(sources[0], num_experts))
 
 
 def noise(
@@ -89,7 +89,7 @@ def noise(
         ValueError: when scale is negative or not finite, or fraction outside [0, 1].
     """
     scale, fraction = _checked("scale", scale), _checked("fraction", fraction)
-    experts = _copies(sources[0], num_experts)
+    experts = copies(sources[0], num_experts)
     for weight in experts[:2]:
         for piece in weight.flatten().split(_PIECE):
             draw = torch.randn(piece.shape, generator=generator).mul_(scale)
@@ -117,7 +117,7 @@ def drop(
         ValueError: when ratio is outside [0, 1].
     """
     ratio, shared_set = _checked("ratio", ratio), _checked("shared_set", shared_set)
-    experts = _copies(sources[0], num_experts)
+    experts = copies(sources[0], num_experts)
     width = _width(sources[0])
     count = int(ratio * width)
     if count == 0:
@@ -209,8 +209,8 @@ def granular(
     shards = _shards(sources[0], _parts(sources[0], granularity, "first", generator), factor, bias_factor=lacking)
     if spread != 1:
         shards = shards._replace(w_in=shards.w_in * factor, b_in=None if shards.b_in is None else shards.b_in * factor)
-    copies = num_experts // granularity
-    return LayerTensors(_each(shards, lambda tensor: tensor.repeat(copies, *(1,) * (tensor.ndim - 1))))
+    groups = num_experts // granularity
+    return LayerTensors(_each(shards, lambda tensor: tensor.repeat(groups, *(1,) * (tensor.ndim - 1))))
 
 
 def shared(
@@ -246,20 +246,20 @@ def shared(
     num_shared, routed, factor = (
         _checked(name, value) for name, value in (("num_shared", num_shared), ("routed", routed), ("rescale", rescale))
     )
-    copies = routed == "copy"
-    if copies and factor is not None:
+    whole = routed == "copy"
+    if whole and factor is not None:
         raise ValueError(
             f"recipe_options: rescale must be None with routed 'copy', whose sum is exact, got {rescale!r}"
         )
     if factor is None:
-        factor = 1.0 if copies else num_experts / num_experts_per_tok
-    sets = _parts(ffn, num_shared + (1 if copies else num_experts), partition, generator)
+        factor = 1.0 if whole else num_experts / num_experts_per_tok
+    sets = _parts(ffn, num_shared + (1 if whole else num_experts), partition, generator)
     if partition == "kmeans":
         sets = sets[_sizes(ffn)[sets].sum(1).argsort(descending=True, stable=True)]
     always = _take(ffn, sets[:num_shared].flatten())
     always = always._replace(b_out=None if ffn.b_out is None else torch.zeros_like(ffn.b_out))
-    if copies:
-        return LayerTensors(_copies(_take(ffn, sets[num_shared]), num_experts), always)
+    if whole:
+        return LayerTensors(_views(_take(ffn, sets[num_shared]), num_experts), always)
     return LayerTensors(_shards(ffn, sets[num_shared:], factor), always)
 
 
@@ -413,8 +413,13 @@ def try_recipe(name: str, options: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def _copies(ffn: FFNTensors, count: int) -> FFNTensors:
-    """That many copies of an FFN, stacked."""
+def _views(ffn: FFNTensors, count: int) -> FFNTensors:
+    """An FFN seen that many times, stacked, in one FFN's memory; not to be written to."""
+    return _each(ffn, lambda tensor: tensor.expand(count, *tensor.shape))
+
+
+def copies(ffn: FFNTensors, count: int) -> FFNTensors:
+    """That many copies of an FFN, stacked, each with memory of its own."""
     return _each(ffn, lambda tensor: tensor.unsqueeze(0).repeat(count, *(1,) * tensor.ndim))
 
 

@@ -270,7 +270,8 @@ def sync_folder(folder: Path) -> None:
 def _write_all(file: Any, data: Any) -> None:
     view = memoryview(data)
     while view:
-        view = view[file.write(view) :]
+        # No more at a time than the processor's cache holds.
+        view = view[file.write(view[: 2**20]) :]
 
 
 def _data(shard: Shard, maker: _LayerMaker) -> Iterator[Any]:

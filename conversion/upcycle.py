@@ -334,11 +334,17 @@ def fill_block(
     names = (experts.in_name, "down_proj", f"{experts.in_name}_bias", "down_proj_bias")
     for name, tensor in zip(names, made.experts, strict=True):
         if tensor is not None:
-            setattr(experts, name, nn.Parameter(tensor))
+            setattr(experts, name, nn.Parameter(_owned(tensor)))
     if experts.multiplicative_bias is not None:
         experts.multiplicative_bias = nn.Parameter(like.new_ones(experts.multiplicative_bias.shape))
     if block.shared_experts is not None and made.shared is not None:
         _fill_shared(block.shared_experts, made.shared)
+
+
+def _owned(experts: Tensor) -> Tensor:
+    """Experts [E, ...] in memory of their own, where a recipe gives equal ones as views of one."""
+    views = len(experts) == 1 or experts.stride(0) == 0
+    return experts.clone(memory_format=torch.contiguous_format) if views else experts
 
 
 @torch.no_grad()

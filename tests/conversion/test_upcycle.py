@@ -618,3 +618,19 @@ def test_a_family_that_is_sparse_already_is_refused() -> None:
     dense = AutoModelForCausalLM.from_config(tiny_config("mixtral", num_local_experts=4))
     with pytest.raises(ValueError, match="dense_model_type: no mixture can be made from 'mixtral': each of its layers"):
         upcycle(dense, num_experts=2)
+
+
+@pytest.mark.parametrize("fields", [{"num_experts": 1, "num_experts_per_tok": 1}, {"num_experts": 3}], ids=str)
+@pytest.mark.parametrize("recipe", ["copy", "shared"])
+def test_experts_share_memory_with_nothing(recipe: str, fields: dict[str, Any]) -> None:
+    dense = dense_model("gpt2")
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    sparse = upcycle(dense, recipe=recipe, verify=False, **fields)
+    for block in sparse.base_model.sparse_blocks:
+        for parameter in block.experts.parameters():
+            assert parameter.is_contiguous()
+            rest = parameter[1:].clone()
+            with torch.no_grad():
+                parameter[0] += 1
+            assert torch.equal(parameter[1:], rest)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
