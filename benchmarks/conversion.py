@@ -117,7 +117,9 @@ def measure(place: Path, layers: int, options: argparse.Namespace, recipe: str, 
         "verify": verify,
         "max_shard_size": options.max_shard_size,
     }
+    os.sync()  # neither of the two writes out what went before
     found = convert(source, target, wanted)
+    os.sync()
     plain, synced = copy(target, copied)
     for folder in (target, copied):
         shutil.rmtree(folder)
@@ -140,6 +142,7 @@ def measure(place: Path, layers: int, options: argparse.Namespace, recipe: str, 
 
 def whole_process(name: str, command: list[str], target: Path) -> list[str]:
     """One row of the second table: a command from start to end, with what it printed if it fails."""
+    os.sync()
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         output = process.stdout.read() if process.stdout is not None else ""
