@@ -32,6 +32,16 @@ ALLOWED = 300 * MEGABYTE
 VOCABULARY = 32_000
 
 
+# Runs a command from a small process, whose memory is the least that the kernel ascribes to its children.
+_RUN = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True)
+seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+print(json.dumps([seconds, peak]))
+"""
+
+
 def make_dense(folder: Path, hidden: int, width: int, layers: int) -> None:
     """Write a dense checkpoint, tensor by tensor, and a tokenizer of bytes."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -143,17 +153,12 @@ def measure(place: Path, layers: int, options: argparse.Namespace, recipe: str, 
 def whole_process(name: str, command: list[str], target: Path) -> list[str]:
     """One row of the second table: a command from start to end, with what it printed if it fails."""
     os.sync()
-    start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        output = process.stdout.read() if process.stdout is not None else ""
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - start
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)}:\n{output}")
+    run = subprocess.run([sys.executable, "-c", _RUN, *command], capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(f"{' '.join(command)}:\n{run.stdout}{run.stderr}")
+    seconds, peak = json.loads(run.stdout.splitlines()[-1])
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     shutil.rmtree(target)
-    peak = usage.ru_maxrss * 1024
     return [name, f"{size / 1e9:.2f}", f"{seconds:.1f}", f"{peak / MEGABYTE:.0f}", f"{size / seconds / MEGABYTE:.0f}"]
 
 
