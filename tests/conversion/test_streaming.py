@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Model
 
 from benchmarks import tiny_models
+from benchmarks.families import dense_of
 from st_moe import upcycle
 from st_moe.conversion import folder as folder_module
 from st_moe.conversion import from_disk, processes, streaming, upcycle_checkpoint
@@ -631,6 +632,17 @@ def test_routers_that_see_other_tokens_do_not_start_from_text(family: str, tmp_p
     texts = [torch.randint(3, 90, (2, 12))]
     with pytest.raises(ValueError, match=r"router_init: .* routes other tokens than those of the text"):
         convert(tmp_path / "dense", tmp_path / "moe", recipe="copy", router_init="cluster", router_texts=texts)
+
+
+def test_more_layers_than_tensors_in_a_part_of_the_config_are_refused_at_once(tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    dense_of("siglip").save_pretrained(dense)
+    config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
+    config["vision_config"]["num_hidden_layers"] = 10**8
+    (dense / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"source: vision_config\.num_hidden_layers in .* must fit the weights"):
+        convert(dense, tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
 
 
 def test_ties_between_layers_are_kept(tmp_path: Path) -> None:
