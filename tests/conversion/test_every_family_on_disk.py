@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from benchmarks.families import FAMILIES, IMAGE_MODELS, TOLERANCE, category_of, dense_of, measure, refusal_of
 from st_moe import locate_ffns
@@ -24,7 +26,9 @@ def test_a_folder_becomes_a_mixtures_folder(
     monkeypatch.setattr(from_disk.logger, "propagate", True)
     try:
         dense = dense_of(family)
-    except Exception:  # noqa: BLE001 -- whatever the host fails with in its own dense model
+    except Exception:
+        if Version(transformers.__version__) >= Version("5.23"):
+            raise
         pytest.skip(f"this Transformers cannot build its own {family}: {measure(family).reason}")
     dense.save_pretrained(tmp_path / "dense")
     able = [ffn.layer for ffn in locate_ffns(dense) if ffn.storage != "none"]
