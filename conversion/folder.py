@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers.utils import logging
 from st_moe.configuration import ROUTER_TYPES, STMoEConfig, check_own_code
 from st_moe.conversion.card import faults_of, model_card
 from st_moe.conversion.checkpoint import check_checkpoint, dense_config, non_finite_of
-from st_moe.conversion.processes import in_a_child, only_run
+from st_moe.conversion.processes import apart, only_run
 from st_moe.conversion.streaming import Journal, Plan, checkpoint_of_progress, sync_folder, write_shards
 
 if TYPE_CHECKING:
@@ -142,11 +141,12 @@ def upcycle_checkpoint(
         )  # fmt: skip
         workshop.mkdir(parents=True, exist_ok=True)
         journal = Journal(workshop, plan.digest + (" with code" if bundle_code else ""))
-        _write_weights(plan, sources, workshop, journal, max_shard_size, {**options, **mixture_fields})
+        journal.non_finite = _write_weights(plan, workshop, journal, max_shard_size, {**options, **mixture_fields})
         folder = workshop / "model"
         _write_texts(plan, folder)
-        proof = _proof(plan, folder, proof_text) if verify else None
+        proof = apart(_proof, plan.sources[0], folder, proof_text) if verify else None
         if proof is not None:
+            print(proof)  # noqa: T201 -- the proof is part of what the caller asked for
             with _keeping_nothing(workshop):
                 _judge(proof, plan, journal, require_identity)
         card = model_card(sources, plan, seed, proof, journal.non_finite, bundle_code)
@@ -203,14 +203,7 @@ def plan_checkpoint(
         "max_shard_size": max_shard_size,
         "fields": mixture_fields,
     }
-    return _apart(sources, fresh, arguments)
-
-
-def _apart(sources: Sequence[str | Path], fresh: Path | None, arguments: Mapping[str, Any]) -> Plan:
-    """Make the plan in a process that ends before anything large is written, unless model classes are here anyway."""
-    if sys.platform != "linux" or "transformers.modeling_utils" in sys.modules:
-        return _plan(sources, fresh, arguments)
-    return in_a_child(_plan, sources, fresh, arguments)
+    return apart(_plan, sources, fresh, arguments)
 
 
 def _plan(sources: Sequence[str | Path], fresh: Path | None, arguments: Mapping[str, Any]) -> Plan:
@@ -322,27 +315,29 @@ def _progress(total: int) -> Iterator[Any]:
 
 
 def _write_weights(
-    plan: Plan,
-    sources: Sequence[str | Path],
-    workshop: Path,
-    journal: Journal,
-    max_shard_size: str,
-    arguments: dict[str, Any],
-) -> None:
-    """Write the files of weights, tensor by tensor where the checkpoint allows it."""
-    names = ", ".join(map(str, sources))
+    plan: Plan, workshop: Path, journal: Journal, max_shard_size: str, arguments: dict[str, Any]
+) -> dict[str, int]:
+    """Write the files of weights, tensor by tensor where the checkpoint allows it; see `Journal.non_finite`."""
+    names = ", ".join(plan.sources)
     if plan.in_memory:
         logger.warning(f"{names}: converted in memory, not streamed: {plan.in_memory}.")
         shutil.rmtree(workshop / "model")  # whatever a run with other arguments left: its plan was the same
         with _keeping_nothing(workshop):
-            journal.non_finite = non_finite_of(plan.sources)
-            _in_memory(plan, workshop / "model", max_shard_size, arguments)
+            non_finite = non_finite_of(plan.sources)
+            apart(_in_memory, plan, workshop / "model", max_shard_size, arguments)
     else:
         _check_room(plan, workshop, journal)
-        with _progress(plan.num_bytes) as advance:
-            write_shards(plan, workshop, journal, advance)
-    if journal.non_finite:
-        logger.warning(f"{names}: weights are NaN or infinite: {faults_of(journal.non_finite)}.")
+        non_finite = apart(_stream, plan, workshop, journal)
+    if non_finite:
+        logger.warning(f"{names}: weights are NaN or infinite: {faults_of(non_finite)}.")
+    return non_finite
+
+
+def _stream(plan: Plan, workshop: Path, journal: Journal) -> dict[str, int]:
+    """Convert tensor by tensor."""
+    with _progress(plan.num_bytes) as advance:
+        write_shards(plan, workshop, journal, advance)
+    return journal.non_finite
 
 
 def _in_memory(plan: Plan, folder: Path, max_shard_size: str, arguments: dict[str, Any]) -> None:
@@ -397,7 +392,11 @@ def _copy_companions(source: str | Path, target: Path) -> None:
         logger.warning(f"No tokenizer in {source}, so none is written.")
     elif not _names_its_class(target / "tokenizer_config.json"):
         # The class would be looked up by the model's type, which is another one now.
-        _tokenizer(source).save_pretrained(target)
+        apart(_keep_tokenizer, source, target)
+
+
+def _keep_tokenizer(source: str | Path, target: Path) -> None:
+    _tokenizer(source).save_pretrained(target)
 
 
 def _names_its_class(config: Path) -> bool:
@@ -408,15 +407,13 @@ def _names_its_class(config: Path) -> bool:
         return False
 
 
-def _proof(plan: Plan, folder: Path, text: str | None) -> IdentityProof:
-    """Measure and print how far the written mixture is from the dense model."""
-    from st_moe.conversion.from_disk import prove_folder
-
+def _proof(source: str, folder: Path, text: str | None) -> IdentityProof:
+    """Measure how far the written mixture is from the dense model."""
     console = Console(stderr=True)
     with console.status("proof: both models, from the disk") if console.is_terminal else nullcontext():
-        proof = prove_folder(plan.sources[0], folder, text)
-    print(proof)  # noqa: T201 -- the proof is part of what the caller asked for
-    return proof
+        from st_moe.conversion.from_disk import prove_folder
+
+        return prove_folder(source, folder, text)
 
 
 def _judge(proof: IdentityProof, plan: Plan, journal: Journal, most: float | None) -> None:

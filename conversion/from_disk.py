@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,10 +14,13 @@ from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from st_moe import modeling
+from st_moe.conversion.processes import return_freed_memory
 from st_moe.conversion.proof import IdentityProof, compared, inputs_of, outputs_of, proof_tokens
 from st_moe.conversion.streaming import checkpoint_of_progress
 from st_moe.conversion.upcycle import load_dense
@@ -22,6 +28,49 @@ from st_moe.conversion.upcycle import load_dense
 logger = logging.get_logger(__name__)
 
 Result = TypeVar("Result")
+
+_MADV_DONTNEED = 4  # of Linux' madvise
+_LEAST_GIVEN_BACK = 4 * 2**20
+
+
+class GivingBack(TorchFunctionMode):
+    """Gives the pages of weights that are mapped from files back to the system after each operation that read them.
+
+    What is in memory at once is then what one operation reads, such as one expert, and not what one module holds. Pages
+    that are needed again come from the system's cache of files. Only on Linux; elsewhere nothing is given back.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation as ever."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and sys.platform == "linux":
+            for tensor in (*args, *kwargs.values()):
+                if isinstance(tensor, torch.Tensor) and _reads(tensor, result):
+                    _give_back(tensor)
+                    return_freed_memory()
+        return result
+
+
+def _reads(tensor: torch.Tensor, result: torch.Tensor) -> bool:
+    """Whether an operation that made this result has read much of a tensor in memory, and not made a view of it."""
+    if tensor.device.type != "cpu" or tensor.nbytes < _LEAST_GIVEN_BACK:
+        return False
+    return tensor.untyped_storage().data_ptr() != result.untyped_storage().data_ptr()
+
+
+def _give_back(tensor: torch.Tensor) -> None:
+    """Give the pages of a tensor back if they are mapped from a file of weights; all others would lose their values."""
+    first = tensor.data_ptr()
+    for line in Path("/proc/self/maps").read_bytes().splitlines():
+        if line.endswith(b".safetensors"):
+            start, end = (int(address, 16) for address in line.split(b" ", 1)[0].split(b"-"))
+            if start <= first < end:
+                page = first - first % mmap.PAGESIZE
+                size = min(first + tensor.nbytes, end) - page  # an expanded view has more bytes than memory
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(page), ctypes.c_size_t(size), _MADV_DONTNEED)
 
 
 def run_from_disk(
@@ -44,7 +93,8 @@ def run_from_disk(
     try:
         with _without_notes():
             model = load(offload=offload)
-        return run(model)
+        with GivingBack():
+            return run(model)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         if "meta" not in reason:  # where weights that are not there are
@@ -94,4 +144,4 @@ def prove_folder(source: str | Path, folder: Path, text: str | None = None) -> I
 def _load_mixture(folder: Path, offload: Path | None) -> PreTrainedModel:
     name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     place = {} if offload is None else {"device_map": {"": "disk"}, "offload_folder": offload}
-    return getattr(modeling, name).from_pretrained(folder, dtype="auto", **place)
+    return getattr(modeling, name).from_pretrained(folder, dtype="auto", experts_implementation="eager", **place)

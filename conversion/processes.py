@@ -1,8 +1,9 @@
-"""One run per destination, and a planner in a process of its own that does not outlive its parent."""
+"""One run per destination, and steps of it in processes of their own that do not outlive it."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import os
 import signal
@@ -13,13 +14,14 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import gettempdir
+from threading import Thread
 from typing import Any, TypeVar
-
-import torch
 
 Result = TypeVar("Result")
 
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl
+_M_ARENA_MAX = -8  # of glibc's mallopt
+_INTERRUPTED = 130
 _PATIENCE = 5.0  # seconds in which a process that is being killed is gone
 
 
@@ -57,12 +59,19 @@ def only_run(target: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def in_a_child(function: Callable[..., Result], *arguments: Any) -> Result:
-    """What a function returns in a forked process, which shares what is imported here and ends with it.
+def apart(function: Callable[..., Result], *arguments: Any) -> Result:
+    """What a function returns: run in a child, whose memory ends with it, where no model classes are in this process.
 
     Raises:
-        RuntimeError: when the process ends without an answer; what the function raises is raised here.
+        RuntimeError: when the child ends without an answer; what the function raises is raised here.
     """
+    if sys.platform != "linux" or "transformers.modeling_utils" in sys.modules:
+        return function(*arguments)
+    return in_a_child(function, *arguments)
+
+
+def in_a_child(function: Callable[..., Result], *arguments: Any) -> Result:
+    """What a function returns in a forked process, which shares what is imported here and ends with it; see `apart`."""
     context = get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, os.getpid(), function, arguments), daemon=True)
@@ -73,7 +82,7 @@ def in_a_child(function: Callable[..., Result], *arguments: Any) -> Result:
     except EOFError:
         process.join()
         raise RuntimeError(
-            f"The process that plans the conversion ended with code {process.exitcode}; was there enough memory?"
+            f"A process of the conversion ended with code {process.exitcode}; was there enough memory?"
         ) from None
     process.join()
     if error is not None:
@@ -81,15 +90,44 @@ def in_a_child(function: Callable[..., Result], *arguments: Any) -> Result:
     return answer
 
 
+def return_freed_memory() -> None:
+    """Give the system what the C library keeps for later, which can be several tens of megabytes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc alone has it
+    if trim is not None:
+        trim(0)
+
+
 def _answer(sender: Any, parent: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """Run the function and send what comes of it; die with the parent, which nobody else could stop."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    torch.set_num_threads(1)  # a pool of threads does not survive the fork, and would be waited for
-    answer: tuple[Any, Exception | None]
+    _spare_memory(libc)
+    answers: list[tuple[Any, Exception | None]] = []
+
+    def run() -> None:
+        try:
+            answers.append((function(*arguments), None))
+        except Exception as error:  # noqa: BLE001 -- raised again by the parent
+            answers.append((None, error))
+
+    # OpenMP's pool belongs to the thread that started it and is gone after a fork, where that thread would wait for it
+    # forever. A new thread starts a pool of its own.
+    thread = Thread(target=run)
+    thread.start()
     try:
-        answer = function(*arguments), None
-    except Exception as error:  # noqa: BLE001 -- raised again by the parent
-        answer = None, error
-    sender.send(answer)
+        thread.join()
+    except KeyboardInterrupt:
+        os._exit(_INTERRUPTED)  # the parent was interrupted too, and says so
+    if answers:
+        sender.send(answers[0])
+
+
+def _spare_memory(libc: Any) -> None:
+    """Keep no memory for later that is of little use in a process that soon ends."""
+    if hasattr(libc, "mallopt"):  # glibc alone has it
+        libc.mallopt(_M_ARENA_MAX, 1)
+    # oneDNN would keep a kernel for every number of rows that it has seen.
+    os.environ |= {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
+    gc.set_threshold(50_000, 20, 100)  # imports make many objects, and a third of their time went into looking at them

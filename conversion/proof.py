@@ -6,14 +6,18 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from st_moe.configuration import dense_config_of
+
+if TYPE_CHECKING:
+    # A proof is also a result, which has to be read where there are no model classes.
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: Largest relative logit difference that rounding explains, per dtype of the weights.
 #: Routers compute in float32 whatever the weights are, so float64 gets no finer than that.
@@ -175,7 +179,9 @@ def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     if classifier and model.config.get_text_config().pad_token_id is None:
         # Transformers then cannot tell where a sequence ends, and takes only one at a time, without padding.
         batches = [(row[None, real], real[None, real].to(mask)) for row, real in zip(ids, mask.bool(), strict=True)]
-    outputs = [model(input_ids=i.to(device), attention_mask=m.to(device)) for i, m in batches]
+    # A cache of keys and values would only take memory.
+    options = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+    outputs = [model(input_ids=i.to(device), attention_mask=m.to(device), **options) for i, m in batches]
     return torch.cat([output[0] for output in outputs]).cpu()
 
 
@@ -219,6 +225,8 @@ def proof_tokens(source: str | Path, model: PreTrainedModel, text: str | None = 
 
 def _tokenizer_of(source: str | Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside a checkpoint, if there is one that knows words."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError):

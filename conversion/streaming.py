@@ -6,12 +6,10 @@ Shape letters: H hidden size, I FFN width, E experts, P = 2 if gated else 1.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from st_moe.conversion.processes import return_freed_memory
 from st_moe.conversion.recipes import RECIPES, FFNTensors, LayerTensors
 from st_moe.conversion.tensor_files import (
     DTYPES,
@@ -312,14 +311,6 @@ class _Sources(Sequence[FFNTensors]):
         return self._last[1]
 
 
-def _return_freed_memory() -> None:
-    """Give the system what the C library keeps for later, which can be several tens of megabytes."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
-        if trim is not None:
-            trim(0)
-
-
 class _LayerMaker:
     """Makes the tensors of sparse blocks, and keeps those of one layer.
 
@@ -341,7 +332,7 @@ class _LayerMaker:
         """
         if self.layer != output.layer:
             self.made = {}  # freed before the next layer takes its place
-            _return_freed_memory()
+            return_freed_memory()
             self.made, self.layer = self._make(self.plan.layers[output.layer]), output.layer
         tensor = self.made[output.part]
         if (tuple(tensor.shape), tensor.dtype) != (output.shape, DTYPES[output.dtype]):

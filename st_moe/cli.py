@@ -17,6 +17,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_INTERRUPTED = 130  # exit code, as of the shell
+
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -33,8 +35,10 @@ def main() -> None:
         app()
     except (ValueError, OSError, HfHubHTTPError, StrictDataclassError) as error:
         _fail(str(error) or type(error).__name__)
-    except KeyboardInterrupt:
-        _fail("interrupted", code=130)
+    except SystemExit as end:
+        if end.code != _INTERRUPTED:
+            raise
+        _fail("interrupted", code=_INTERRUPTED)  # typer ends without a word
 
 
 @app.command(epilog="Example: st-moe upcycle Qwen/Qwen3-0.6B ./qwen3-8x --num-experts 8 --top-k 2")

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from benchmarks import tiny_models
 from benchmarks.families import dense_of
 from st_moe import upcycle
 from st_moe.conversion import folder as folder_module
-from st_moe.conversion import from_disk, processes, streaming, upcycle_checkpoint
+from st_moe.conversion import from_disk, streaming, upcycle_checkpoint
 from st_moe.conversion import plan as plan_module
 from st_moe.conversion.card import plan_table
 from st_moe.conversion.folder import plan_checkpoint
@@ -533,59 +532,7 @@ def test_other_routers_are_another_plan(stock: Path, tmp_path: Path, stop_at: An
     assert contents(tmp_path / "moe") == contents(tmp_path / "straight")
 
 
-# ------------------------------------------------------------------------------------------------ processes, leftovers
-
-
-def test_a_planner_does_not_outlive_its_run(stock: Path, tmp_path: Path) -> None:
-    code = """
-import os, sys, time
-from pathlib import Path
-from st_moe.conversion import folder
-
-def plan(*arguments):
-    Path(sys.argv[3]).write_text(str(os.getpid()))
-    time.sleep(60)
-
-folder._plan = plan
-folder.upcycle_checkpoint(sys.argv[1], sys.argv[2], num_experts=3)
-"""
-    noted = tmp_path / "planner"
-    command = [sys.executable, "-c", code, str(stock), str(tmp_path / "moe"), str(noted)]
-    with subprocess.Popen(command) as run:
-        deadline = time.monotonic() + 60
-        while not (noted.exists() and noted.read_text(encoding="utf-8")):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        planner = int(noted.read_text(encoding="utf-8"))
-        os.kill(planner, 0)
-        run.kill()
-    convert(stock, tmp_path / "moe")  # at once
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{planner}").exists() and "State:\tZ" not in Path(f"/proc/{planner}/status").read_text("utf-8"):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    convert(stock, tmp_path / "straight")
-    assert contents(tmp_path / "moe") == contents(tmp_path / "straight")
-
-
-def test_a_second_run_for_one_destination_is_refused(
-    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processes, "_PATIENCE", 0.1)
-    with processes.only_run(tmp_path / "moe"):
-        with pytest.raises(ValueError, match=r"destination: another run is at work on .*moe; wait for it"):
-            convert(stock, tmp_path / "moe")
-        convert(stock, tmp_path / "other")
-    convert(stock, tmp_path / "moe")
-    assert contents(tmp_path / "moe") == contents(tmp_path / "other")
-
-
-def test_a_child_answers_raises_or_is_missed() -> None:
-    assert processes.in_a_child(divmod, 7, 2) == (3, 1)
-    with pytest.raises(ZeroDivisionError):
-        processes.in_a_child(divmod, 7, 0)
-    with pytest.raises(RuntimeError, match="ended with code 3"):
-        processes.in_a_child(os._exit, 3)
+# ------------------------------------------------------------------------------------------------ leftovers
 
 
 def test_a_killed_conversion_in_memory_leaves_nothing_behind(tmp_path: Path, stop_at: Any) -> None:

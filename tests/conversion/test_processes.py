@@ -1,0 +1,214 @@
+"""Steps of a conversion in processes of their own: what they return, what they leave in memory, what ends them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from st_moe.conversion import processes, upcycle_checkpoint
+from st_moe.conversion.from_disk import GivingBack
+from tests.families import dense_model, tiny_tokenizer
+
+#: A process in which no model classes are imported, as that of `st-moe upcycle` is.
+LIGHT = """
+import sys
+from st_moe.conversion.folder import upcycle_checkpoint
+upcycle_checkpoint(sys.argv[1], sys.argv[2], num_experts=3, recipe="noise", max_shard_size="60KB")
+assert "transformers.modeling_utils" not in sys.modules
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense checkpoint of three layers in many small shards, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("stock") / "dense"
+    dense_model("llama", num_hidden_layers=3).save_pretrained(folder, max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(stock: Path) -> dict[str, bytes]:
+    """What a conversion in one process makes of it."""
+    target = stock.with_name("straight")
+    upcycle_checkpoint(stock, target, num_experts=3, recipe="noise", max_shard_size="60KB")
+    return contents(target)
+
+
+def light(stock: Path, target: Path) -> list[str]:
+    return [sys.executable, "-c", LIGHT, str(stock), str(target)]
+
+
+def wait_for(condition: object, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def gone(process: int) -> bool:
+    status = Path(f"/proc/{process}/status")
+    return not status.exists() or "State:\tZ" in status.read_text("utf-8")
+
+
+def test_a_second_run_for_one_destination_is_refused(
+    stock: Path, straight: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_PATIENCE", 0.1)
+    fields = {"num_experts": 3, "recipe": "noise", "max_shard_size": "60KB"}
+    with processes.only_run(tmp_path / "moe"):
+        with pytest.raises(ValueError, match=r"destination: another run is at work on .*moe; wait for it"):
+            upcycle_checkpoint(stock, tmp_path / "moe", **fields)  # type: ignore[arg-type]
+        upcycle_checkpoint(stock, tmp_path / "other", **fields)  # type: ignore[arg-type]
+    upcycle_checkpoint(stock, tmp_path / "moe", **fields)  # type: ignore[arg-type]
+    assert contents(tmp_path / "moe") == contents(tmp_path / "other") == straight
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+class TestChild:
+    def test_it_answers_raises_or_is_missed(self) -> None:
+        assert processes.in_a_child(divmod, 7, 2) == (3, 1)
+        with pytest.raises(ZeroDivisionError):
+            processes.in_a_child(divmod, 7, 0)
+        with pytest.raises(RuntimeError, match="ended with code 3; was there enough memory"):
+            processes.in_a_child(os._exit, 3)
+
+    def test_it_uses_threads_after_its_parent_did(self) -> None:
+        """A fork leaves OpenMP's pool behind, and whoever waits for it waits forever."""
+        code = """
+import torch
+from st_moe.conversion.processes import in_a_child
+torch.set_num_threads(2)
+x = torch.ones(600, 600)
+work = lambda: (x @ x).relu().sum().item()
+print(work(), in_a_child(work))
+"""
+        environment = os.environ | {"OMP_NUM_THREADS": "2"}
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment, check=True
+        )
+        assert run.stdout.split() == [str(600.0**3)] * 2
+
+    def test_the_steps_write_what_one_process_writes(
+        self, stock: Path, straight: dict[str, bytes], tmp_path: Path
+    ) -> None:
+        run = subprocess.run(light(stock, tmp_path / "moe"), capture_output=True, text=True, timeout=120, check=False)
+        assert run.returncode == 0, run.stderr
+        assert "max relative logit difference" in run.stdout
+        assert contents(tmp_path / "moe") == straight
+
+    def test_a_run_that_is_killed_at_any_time_is_gone_on_with(
+        self, stock: Path, straight: dict[str, bytes], tmp_path: Path
+    ) -> None:
+        """SIGKILL for the parent alone, spread over the time that a run takes."""
+        start = time.monotonic()
+        subprocess.run(light(stock, tmp_path / "whole"), capture_output=True, timeout=120, check=True)
+        takes = time.monotonic() - start
+        kills = 4
+        for number in range(kills):
+            with subprocess.Popen(light(stock, tmp_path / "moe"), stdout=subprocess.DEVNULL) as run:
+                time.sleep(takes * (number + 1) / (kills + 1))
+                run.kill()
+            assert not (tmp_path / "moe").exists() or contents(tmp_path / "moe") == straight
+            if (tmp_path / "moe").exists():
+                break
+        else:
+            subprocess.run(light(stock, tmp_path / "moe"), capture_output=True, timeout=120, check=True)
+        assert contents(tmp_path / "moe") == straight
+
+    @pytest.mark.parametrize("step", ["_plan", "_stream", "_proof"])
+    def test_no_step_outlives_its_run(self, step: str, stock: Path, straight: dict[str, bytes], tmp_path: Path) -> None:
+        code = f"""
+import os, sys, time
+from pathlib import Path
+from st_moe.conversion import folder
+
+def wait(*arguments):
+    Path(sys.argv[3]).write_text(str(os.getpid()))
+    time.sleep(60)
+
+folder.{step} = wait
+folder.upcycle_checkpoint(sys.argv[1], sys.argv[2], num_experts=3, recipe="noise", max_shard_size="60KB")
+"""
+        noted = tmp_path / "noted"
+        command = [sys.executable, "-c", code, str(stock), str(tmp_path / "moe"), str(noted)]
+        with subprocess.Popen(command) as run:
+            wait_for(lambda: noted.exists() and noted.read_text(encoding="utf-8"))
+            process = int(noted.read_text(encoding="utf-8"))
+            assert process != run.pid
+            os.kill(process, 0)
+            run.kill()
+        # At once, while the other may still be dying.
+        upcycle_checkpoint(stock, tmp_path / "moe", num_experts=3, recipe="noise", max_shard_size="60KB")
+        wait_for(lambda: gone(process), 10)
+        assert contents(tmp_path / "moe") == straight
+
+    def test_an_interrupted_run_says_so_in_one_line(
+        self, stock: Path, straight: dict[str, bytes], tmp_path: Path
+    ) -> None:
+        command = [str(Path(sys.executable).with_name("st-moe")), "upcycle", str(stock), str(tmp_path / "moe")]
+        command += ["--num-experts", "3", "--recipe", "noise", "--max-shard-size", "60KB"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+            wait_for(lambda: (tmp_path / "moe.partial").exists())
+            os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+            _, errors = run.communicate(timeout=30)
+        assert (run.returncode, errors.count("\n")) == (130, 1), errors
+        assert "interrupted" in errors
+        assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+        assert contents(tmp_path / "moe") == straight
+
+
+def resident(path: Path) -> int:
+    """Kilobytes of this process's memory that are mapped from a file."""
+    found = re.findall(rf"{path}\nSize:.*?\nRss: +(\d+) kB", Path("/proc/self/smaps").read_text("utf-8"), re.DOTALL)
+    return sum(map(int, found))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="madvise of Linux")
+@pytest.mark.parametrize("operation", ["linear", "expert", "keyword"])
+def test_pages_of_mapped_weights_are_given_back(operation: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    drawn = torch.randn(2, 2048, 1024, generator=torch.Generator().manual_seed(0))
+    save_file({"weight": drawn}, path)
+    x = torch.ones(1, 1024)
+    with safe_open(path, "pt") as file:
+        mapped = nn.Parameter(file.get_tensor("weight"))
+
+    def run() -> torch.Tensor:
+        if operation == "expert":
+            return nn.functional.linear(x, mapped.unbind(0)[1])
+        return (
+            nn.functional.linear(x, weight=mapped[1]) if operation == "keyword" else nn.functional.linear(x, mapped[1])
+        )
+
+    with torch.no_grad():
+        expected = run()
+        assert resident(path) >= 2048 * 4  # kilobytes of one of the two
+        with GivingBack():
+            found = run()
+    assert resident(path) < 256  # its ends may be read ahead
+    assert torch.equal(found, expected)
+    assert torch.equal(mapped[1], drawn[1])
+
+
+def test_no_other_memory_is_given_back() -> None:
+    weight, x = torch.ones(2048, 1024), torch.ones(4096, 1024)
+    with GivingBack(), torch.no_grad():
+        nn.functional.linear(x, weight)
+        x.mul_(2.0)
+        assert torch.equal(torch.cat([x, x])[4096:], x)
+    assert (weight == 1).all()
+    assert (x == 2).all()
