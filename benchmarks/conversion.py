@@ -1,8 +1,10 @@
 """Memory and throughput of upcycling on disk: `python -m benchmarks.conversion`.
 
 A dense Llama checkpoint of random bfloat16 weights is made on the spot and upcycled in a fresh process, as the command
-`st-moe upcycle` does it. Memory is the kernel's mark of that process's largest resident set, and of the process that
-makes the plan before. The bar is 300 MB plus one layer's experts. Throughput is output bytes over wall time of the
+`st-moe upcycle` does it. Memory is the kernel's mark of that process's largest resident set ("main") and of the largest
+among the processes that plan, write and prove one after the other ("steps"). The bar for either is 300 MB plus one
+layer's experts. Pages that two processes share count once in "all", the sum of their proportional set sizes, read ten
+times a second. Throughput is output bytes over wall time of the
 whole call, imports of the plan included, which ends with everything on the disk (fsync), beside `cp` of the same bytes
 to the same disk in the same run. A small conversion goes before, so that no row reads the libraries from the disk.
 
@@ -78,8 +80,8 @@ def make_dense(folder: Path, hidden: int, width: int, layers: int) -> None:
 
 
 def child(folder: str, target: str, options: dict[str, Any]) -> None:
-    """Convert, and print seconds, bytes, one layer's bytes and the peaks of this process and of the planning one."""
-    from st_moe.conversion.folder import plan_checkpoint, upcycle_checkpoint
+    """Convert, and print seconds, bytes, and the peaks of this process and of the largest that it started."""
+    from st_moe.conversion.folder import upcycle_checkpoint
 
     source: Any = [folder, folder] if options["recipe"] == "merge" else folder
     start = time.perf_counter()
@@ -87,22 +89,38 @@ def child(folder: str, target: str, options: dict[str, Any]) -> None:
     seconds = time.perf_counter() - start
     with open("/proc/self/status", encoding="ascii") as file:
         peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-    planning = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    for name in ("verify", "max_shard_size"):
-        options.pop(name)
-    layer = plan_checkpoint(source, **options).layer_bytes
+    started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     size = sum(path.stat().st_size for path in Path(target).iterdir())
-    print(json.dumps({"seconds": seconds, "peak": peak, "planning": planning, "layer": layer, "bytes": size}))
+    print(json.dumps({"seconds": seconds, "peak": peak, "started": started, "bytes": size}))
 
 
 def convert(source: Path, target: Path, options: dict[str, Any]) -> dict[str, float]:
     """Run `child` in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.conversion", "--child", str(source), str(target), json.dumps(options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    together = 0
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as run:
+        while run.poll() is None:
+            together = max(together, proportional_of(run.pid))
+            time.sleep(0.1)
+        output, errors = run.communicate()
     if run.returncode:
-        raise SystemExit(run.stderr)
-    return json.loads(run.stdout.splitlines()[-1])
+        raise SystemExit(errors)
+    return json.loads(output.splitlines()[-1]) | {"together": together}
+
+
+def proportional_of(session: int) -> int:
+    """Bytes of memory of all processes of a session; of pages that several share, each has its part."""
+    total = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(process.name)) == session:
+                rollup = (process / "smaps_rollup").read_text(encoding="ascii")
+                total += sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:"))
+        except (OSError, ValueError):  # gone in the meantime
+            continue
+    return total
 
 
 def copy(source: Path, target: Path) -> tuple[float, float]:
@@ -133,14 +151,16 @@ def measure(place: Path, layers: int, options: argparse.Namespace, recipe: str, 
     plain, synced = copy(target, copied)
     for folder in (target, copied):
         shutil.rmtree(folder)
-    bar, rate = ALLOWED + found["layer"], found["bytes"] / found["seconds"]
-    peak = max(found["peak"], found["planning"])
+    one_layer = 2 * 3 * options.hidden * options.width * options.experts
+    bar, rate = ALLOWED + one_layer, found["bytes"] / found["seconds"]
+    peak = max(found["peak"], found["started"])
     return [
         f"{layers}",
         recipe + (", with proof" if verify else ""),
         f"{found['bytes'] / 1e9:.2f}",
-        f"{found['planning'] / MEGABYTE:.0f}",
         f"{found['peak'] / MEGABYTE:.0f}",
+        f"{found['started'] / MEGABYTE:.0f}",
+        f"{found['together'] / MEGABYTE:.0f}",
         f"{bar / MEGABYTE:.0f}",
         "met" if peak <= bar else f"over by {(peak - bar) / MEGABYTE:.0f}",
         f"{rate / MEGABYTE:.0f}",
@@ -219,7 +239,7 @@ def main() -> None:
     rows = [(layers, recipe, False) for recipe in recipes for layers in (most // 2, most)]
     rows.append((most, "copy", True))
     table = Table(title="Upcycling on disk: MB and MB/s (1 MB = 10^6 bytes)")
-    columns = ("layers", "recipe", "GB", "plan MB", "peak MB", "bar MB", "bar", "MB/s", "cp MB/s")
+    columns = ("layers", "recipe", "GB", "main MB", "steps MB", "all MB", "bar MB", "bar", "MB/s", "cp MB/s")
     for column in (*columns, "speed / cp", "speed / (cp + fsync)"):
         table.add_column(column, justify="left" if column in ("recipe", "bar") else "right")
     if options.folder is not None:

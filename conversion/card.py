@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     # Model classes would take more memory than the conversion itself.
     from st_moe.conversion.proof import IdentityProof
 
-# What Python, torch and the writer take beside one layer, in bytes; measured by `python -m benchmarks.conversion`.
-_BASE_MEMORY = 270 * 10**6
+# What Python, torch and the host's model classes take beside the weights, in bytes; measured by
+# `python -m benchmarks.conversion`.
+_BASE_MEMORY = 300 * 10**6
 
 _ON_CODE = """
 Without the package, the code in this folder does it: leave `import st_moe` out and add `trust_remote_code=True`.
@@ -31,7 +32,6 @@ def plan_table(plan: Plan, destination: Path) -> Table:
     """The plan for people: what would be made of what, and what it takes."""
     facts = plan.facts
     place = next(path for path in (destination.absolute(), *destination.absolute().parents) if path.exists())
-    way = f"in memory, not streamed: {plan.in_memory}" if plan.in_memory else "streamed"
     table = Table("", "plan", title="Nothing is written", show_header=False)
     rows = {
         "source": ", ".join(plan.sources),
@@ -40,9 +40,9 @@ def plan_table(plan: Plan, destination: Path) -> Table:
         "sparse layers": f"{facts['sparse_layers']} of {facts['layers']}",
         "experts per sparse layer": f"{facts['experts']}, of which {facts['choices']} per token",
         "parameters": f"{facts['total']:,}, of which {facts['active']:,} active per token",
-        "way": way,
-        "bytes to write": f"{plan.num_bytes:,} in {len(plan.shards)} files" if plan.shards else "not known",
-        "peak memory, about": f"{_BASE_MEMORY + plan.layer_bytes:,} bytes" if plan.shards else "both models",
+        "bytes to write": f"{plan.num_bytes:,} in {len(plan.shards)} files",
+        "bytes on the way": f"{plan.computed_bytes:,}, which the source's files hold otherwise",
+        "peak memory, about": f"{_BASE_MEMORY + plan.largest_bytes:,} bytes",
         "free disk": f"{shutil.disk_usage(place).free:,} bytes",
     }
     for name, value in rows.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from st_moe.configuration import STMoEConfig
 from st_moe.conversion.tensor_files import (
     StoredTensor,
-    chunks_of,
-    count_non_finite,
     read_header,
     without_duplicates,
 )
@@ -82,16 +79,6 @@ def checkpoint_tensors(folder: Path, needed: bool = True) -> dict[str, StoredTen
     for key, name in (listed or {}).items():
         if key not in found or Path(found[key].path).name != name:
             raise ValueError(f"source: {folder / INDEX_NAME} says that {name!r} holds {key!r}, which it does not")
-    return found
-
-
-def non_finite_of(folders: Sequence[str | Path]) -> dict[str, int]:
-    """How many values of which tensors of some checkpoints are NaN or infinite; those without any are left out."""
-    found: dict[str, int] = {}
-    for folder in folders:
-        for key, tensor in checkpoint_tensors(Path(folder)).items():
-            count = sum(count_non_finite(chunk, tensor.dtype) for chunk in chunks_of(tensor))
-            found |= {key: count} if count else {}
     return found
 
 

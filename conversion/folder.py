@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from st_moe.configuration import ROUTER_TYPES, STMoEConfig, check_own_code
 from st_moe.conversion.card import faults_of, model_card
-from st_moe.conversion.checkpoint import check_checkpoint, dense_config, non_finite_of
+from st_moe.conversion.checkpoint import check_checkpoint, dense_config
 from st_moe.conversion.processes import apart, only_run
 from st_moe.conversion.streaming import Journal, Plan, checkpoint_of_progress, sync_folder, write_shards
 
@@ -49,7 +49,7 @@ _COMPANION_FILES = (
     "USE_POLICY*",
 )
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
-_WORKSHOP_FILES = {"model", "fresh", "journal.jsonl", "journal.new", "offload", "replaced"}
+_WORKSHOP_FILES = {"model", "fresh", "journal.jsonl", "journal.new", "offload", "computed", "replaced"}
 
 
 def upcycle_checkpoint(
@@ -79,8 +79,8 @@ def upcycle_checkpoint(
     `<destination>.partial`, which takes the destination's place when it is complete. A run that was stopped in any way
     goes on when it is called again with the same arguments, and ends in the same bytes.
 
-    Families whose checkpoints are stored otherwise than their models hold them are converted in memory, which a warning
-    says.
+    Tensors that a family's checkpoints hold otherwise than its models do, such as experts one by one, are computed
+    first, one at a time, and lie in `<destination>.partial` for a while.
 
     For the proof both models run on the same tokens, one after the other and module by module, so that it takes no more
     memory than the conversion and the model classes. So does the dense model for routers that start from text.
@@ -141,7 +141,8 @@ def upcycle_checkpoint(
         )  # fmt: skip
         workshop.mkdir(parents=True, exist_ok=True)
         journal = Journal(workshop, plan.digest + (" with code" if bundle_code else ""))
-        journal.non_finite = _write_weights(plan, workshop, journal, max_shard_size, {**options, **mixture_fields})
+        _check_room(plan, workshop, journal)
+        journal.non_finite = apart(_write_weights, plan, workshop, journal)
         folder = workshop / "model"
         _write_texts(plan, folder)
         proof = apart(_proof, plan.sources[0], folder, proof_text) if verify else None
@@ -288,7 +289,7 @@ def _explaining_a_full_disk(workshop: Path) -> Iterator[None]:
 
 @contextmanager
 def _keeping_nothing(workshop: Path) -> Iterator[None]:
-    """Remove the workshop if the block fails: what was made in memory, or is not wanted, is not gone on with."""
+    """Remove the workshop if the block fails: what is not wanted is not gone on with."""
     try:
         yield
     except BaseException:
@@ -314,52 +315,22 @@ def _progress(total: int) -> Iterator[Any]:
         yield lambda count: progress.advance(task, count)
 
 
-def _write_weights(
-    plan: Plan, workshop: Path, journal: Journal, max_shard_size: str, arguments: dict[str, Any]
-) -> dict[str, int]:
-    """Write the files of weights, tensor by tensor where the checkpoint allows it; see `Journal.non_finite`."""
-    names = ", ".join(plan.sources)
-    if plan.in_memory:
-        logger.warning(f"{names}: converted in memory, not streamed: {plan.in_memory}.")
-        shutil.rmtree(workshop / "model")  # whatever a run with other arguments left: its plan was the same
-        with _keeping_nothing(workshop):
-            non_finite = non_finite_of(plan.sources)
-            apart(_in_memory, plan, workshop / "model", max_shard_size, arguments)
-    else:
-        _check_room(plan, workshop, journal)
-        non_finite = apart(_stream, plan, workshop, journal)
-    if non_finite:
-        logger.warning(f"{names}: weights are NaN or infinite: {faults_of(non_finite)}.")
-    return non_finite
-
-
-def _stream(plan: Plan, workshop: Path, journal: Journal) -> dict[str, int]:
-    """Convert tensor by tensor."""
+def _write_weights(plan: Plan, workshop: Path, journal: Journal) -> dict[str, int]:
+    """Write the files of weights tensor by tensor; what comes back is `Journal.non_finite`."""
     with _progress(plan.num_bytes) as advance:
         write_shards(plan, workshop, journal, advance)
+    if journal.non_finite:
+        logger.warning(f"{', '.join(plan.sources)}: weights are NaN or infinite: {faults_of(journal.non_finite)}.")
     return journal.non_finite
-
-
-def _in_memory(plan: Plan, folder: Path, max_shard_size: str, arguments: dict[str, Any]) -> None:
-    """Convert with the whole model in memory."""
-    from st_moe.conversion.upcycle import upcycle
-
-    sources = plan.sources
-    if arguments["tokenizer"] is None and not all(isinstance(text, Tensor) for text in arguments["router_texts"] or ()):
-        arguments = {**arguments, "tokenizer": _tokenizer(sources[0])}
-    model = upcycle(sources if len(sources) > 1 else sources[0], verify=False, **arguments)
-    checkpoint_of_progress("write")
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
 def _write_texts(plan: Plan, folder: Path) -> None:
     """Write the configs, and keep the tokenizer and what else travels with a checkpoint."""
-    for path in folder.iterdir() if not plan.in_memory else ():
+    for path in folder.iterdir():
         if path.name not in {shard.name for shard in plan.shards}:  # left by a run that was stopped
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name, text in plan.texts.items():
-        if not (folder / name).exists() or not plan.in_memory:
-            (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8")
     _copy_companions(plan.sources[0], folder)
 
 

@@ -91,7 +91,7 @@ def run_from_disk(
     offload.mkdir(parents=True, exist_ok=True)
     checkpoint_of_progress("run")
     try:
-        with _without_notes():
+        with without_notes():
             model = load(offload=offload)
         with GivingBack():
             return run(model)
@@ -106,7 +106,7 @@ def run_from_disk(
 
 
 @contextmanager
-def _without_notes() -> Iterator[None]:
+def without_notes() -> Iterator[None]:
     """Without what host and accelerate tell whoever did not ask for weights on the disk."""
     notes, bar = getLogger("accelerate.big_modeling"), logging.is_progress_bar_enabled()
     level = notes.level

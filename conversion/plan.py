@@ -6,9 +6,11 @@ Everything that can be wrong with a request or a checkpoint is found here, befor
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -27,7 +30,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from st_moe.configuration import MIXTURE_FIELDS, STMoEConfig, auto_class_of, dense_config_of, family_config
 from st_moe.conversion.checkpoint import CONFIG_FAULTS, checkpoint_tensors, dense_config
-from st_moe.conversion.from_disk import run_from_disk
+from st_moe.conversion.from_disk import run_from_disk, without_notes
 from st_moe.conversion.merge import check_compatible
 from st_moe.conversion.proof import inputs_of, proof_tokens
 from st_moe.conversion.recipes import FFNTensors, LayerTensors, try_recipe
@@ -41,6 +44,7 @@ from st_moe.conversion.tensor_files import (
     chunks_of,
     header_of,
     num_bytes,
+    read_header,
 )
 from st_moe.conversion.upcycle import fill_block, fill_router, load_dense, mixture_config_of, shown, sparse_class
 from st_moe.modeling import locate_ffns
@@ -56,10 +60,6 @@ _LAYER_NUMBERS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_layers_per_stack", "encoder_layers"),
     *("decoder_layers", "num_encoder_layers", "num_decoder_layers"),
 )
-
-
-class NotPlain(Exception):
-    """The checkpoint's tensors are not the model's one by one; says why."""
 
 
 class Models:
@@ -143,7 +143,7 @@ def make_plan(
         verify, proof_text: whether there will be a proof, and what it will read, so that it will be able to.
 
     Returns:
-        The plan; with `in_memory` and no shards when the checkpoint is not plain.
+        The plan.
 
     Raises:
         ValueError: when an argument or the source is at fault; nothing is written then.
@@ -158,15 +158,8 @@ def make_plan(
     _name_dtype(models, tensors[0])
     if verify:
         inputs_of(models.dense, proof_tokens(source, models.dense, proof_text), None)
-    plan = Plan(
-        tuple(map(str, sources)), recipe, dict(recipe_options), facts=_facts(models, recipe_options),
-        texts=_texts(models, source),
-    )  # fmt: skip
-    try:
-        stored = _stored_of_all(models.dense, sources, tensors)
-        layers = {index: _sparse_layer(models, index, stored) for index in models.blocks}
-    except NotPlain as reason:
-        return replace(plan, in_memory=str(reason))
+    stored = _stored_of_all(models.dense, sources, tensors, fresh)
+    layers = {index: _sparse_layer(models, index, stored) for index in models.blocks}
     inputs = _router_inputs(models, source, router_start, fresh)
     made, digest = _write_fresh(models, layers, stored[0], router_std, router_start, inputs, seed, fresh)
     average = recipe == "merge" and recipe_options.get("rest", "average") == "average"
@@ -174,15 +167,29 @@ def make_plan(
     shards, index = _cut(outputs, max_shard_size, models.sparse.num_parameters())
     paths = {t.path for own in tensors for t in own.values()} | {str(folder / "config.json") for folder in sources}
     files = {path: fingerprint(path) for path in sorted(paths)}
-    return replace(plan, shards=shards, layers=made, fresh=digest, files=files, texts={**plan.texts, **index})
+    return Plan(
+        sources=tuple(map(str, sources)),
+        recipe=recipe,
+        options=dict(recipe_options),
+        shards=shards,
+        layers=made,
+        fresh=digest,
+        texts={**_texts(models, source), **index},
+        files=files,
+        facts=_facts(models, recipe_options),
+    )
 
 
 def _stored_of_all(
-    dense: PreTrainedModel, sources: Sequence[Path], tensors: Sequence[Mapping[str, StoredTensor]]
+    dense: PreTrainedModel,
+    sources: Sequence[Path],
+    tensors: Sequence[Mapping[str, StoredTensor]],
+    fresh: Path | None,
 ) -> list[dict[str, StoredTensor]]:
     """`stored_by_name` of every source, which all must be of one architecture."""
     others = [_without_weights(source) for source in sources[1:]]
-    stored = [stored_by_name(*each) for each in zip((dense, *others), tensors, sources, strict=True)]
+    places = [fresh and fresh.with_name("computed") / str(number) for number in range(len(sources))]
+    stored = [stored_by_name(*each) for each in zip((dense, *others), tensors, sources, places, strict=True)]
     if others:
         shapes = [{name: (t.shape, DTYPES[t.dtype]) for name, t in own.items()} for own in stored]
         check_compatible([model.config for model in (dense, *others)], shapes)
@@ -255,30 +262,50 @@ def _facts(models: Models, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stored_by_name(
-    dense: PreTrainedModel, tensors: Mapping[str, StoredTensor], source: str | Path
+    dense: PreTrainedModel, tensors: Mapping[str, StoredTensor], source: str | Path, place: Path | None = None
 ) -> dict[str, StoredTensor]:
-    """Where each tensor of a model lies in its checkpoint, by its name in the model.
+    """Where each tensor of a model lies, by its name in the model: in its checkpoint, or computed from there.
 
-    The host's own rules for old names and for prefixes apply.
+    The host's own rules for old names, for prefixes and for tensors that are stored otherwise apply.
+
+    Args:
+        dense: the model, without weights.
+        tensors: of the checkpoint, by their names there.
+        source: the checkpoint.
+        place: folder to write for what has to be computed; None computes nothing, and such tensors have no path.
 
     Raises:
         ValueError: when the checkpoint's tensors are not those of its config.
-        NotPlain: when a tensor of the model has to be computed from others.
+        OSError: when the disk is full.
     """
     transforms = get_model_conversion_mapping(dense)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     wanted = dense.state_dict()
     found: dict[str, StoredTensor] = {}
+    plain = True
     for key, tensor in tensors.items():
         name, pattern = rename_source_key(key, renamings, converters, dense.base_model_prefix, wanted)
-        if pattern is not None or name in found:
-            raise NotPlain(f"its tensor {key!r} is stored otherwise than this family's models hold it")
-        found[name] = tensor
-    for names in _tied(dense):
+        if pattern is not None:
+            plain = False
+        elif name in found:
+            raise ValueError(
+                f"source: a tensor must be stored once, but {key!r} and {found[name].key!r} in {source} are both "
+                f"{name!r} of the model; remove one"
+            )
+        else:
+            found[name] = tensor
+    ties = _tied(dense)
+    if not plain:
+        known = {*found, *(name for names in ties if found.keys() & names for name in names)}
+        found |= _computed({name: t for name, t in wanted.items() if name not in known}, source, place)
+    for names in ties:
         present = [name for name in names if name in found]
         if any(not _same_bytes(found[present[0]], found[name]) for name in present[1:]):
-            raise NotPlain(f"{' and '.join(present)} are tied by the config and differ in the files")
+            raise ValueError(
+                f"source: {' and '.join(present)} are tied by the config of {source} and differ in its files; set "
+                '"tie_word_embeddings": false in config.json, or leave out the one that is not wanted'
+            )
         found |= {name: found[present[0]] for name in names if present}
     keys: Any = SimpleNamespace(missing_keys=wanted.keys() - found.keys(), unexpected_keys=found.keys() - wanted.keys())
     dense._adjust_missing_and_unexpected_keys(keys)
@@ -291,6 +318,29 @@ def stored_by_name(
     for name, tensor in wanted.items():
         if name in found:
             _check_tensor(name, tensor, found[name])
+    return {name: found[name] for name in wanted if name in found}
+
+
+def _computed(wanted: Mapping[str, torch.Tensor], source: str | Path, place: Path | None) -> dict[str, StoredTensor]:
+    """Tensors of the model that the host makes of others, such as experts that are stored one by one.
+
+    It writes them to a folder while it loads the model with all weights on the disk, one at a time.
+
+    Raises:
+        ValueError: when the checkpoint's tensors are not those of its config.
+        OSError: when the disk is full.
+    """
+    if place is None:
+        return {name: StoredTensor(name, "", NAMES[t.dtype], tuple(t.shape), 0) for name, t in wanted.items()}
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        with without_notes():
+            load_dense(source, place)
+    except SafetensorError as error:
+        raise OSError(errno.ENOSPC if "No space left" in str(error) else errno.EIO, str(error)) from None
+    found: dict[str, StoredTensor] = {}
+    for path in sorted(place.glob("*.safetensors")):
+        found |= read_header(path)
     return {name: found[name] for name in wanted if name in found}
 
 
@@ -332,7 +382,11 @@ def _sparse_layer(models: Models, index: int, stored: Sequence[Mapping[str, Stor
         weights = tuple(own[f"{place}.weight"] for place in places)
         biases = tuple(own[f"{place}.bias"] for place in places) if ffn.bias else ()
         if len({tensor.dtype for tensor in (*weights, *biases)}) > 1:
-            raise NotPlain(f"the projections of layer {index} are stored in several dtypes")
+            kinds = ", ".join(f"{tensor.key} {tensor.dtype}" for tensor in (*weights, *biases))
+            raise ValueError(
+                f"source: an FFN must be stored in one dtype, got {kinds}; save the model once more with Transformers, "
+                "which gives all weights one dtype"
+            )
         sources.append(StoredFFN(weights, biases))
     in_name = "gate_up_proj" if ffn.gated else "up_proj"
     return SparseLayer(experts, choices, tuple(sources), ffn.conv1d, in_name, {}, "")

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,19 +108,17 @@ class Plan:
         texts: other files that follow from the config, by name.
         files: size and time of change (ns) of every file that is read.
         facts: what the model card and the printed plan say.
-        in_memory: why the checkpoint cannot be streamed; empty if it can.
     """
 
     sources: tuple[str, ...]
     recipe: str
     options: Mapping[str, Any]
-    shards: tuple[Shard, ...] = ()
-    layers: Mapping[int, SparseLayer] = field(default_factory=dict)
-    fresh: str = ""
-    texts: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    in_memory: str = ""
+    shards: tuple[Shard, ...]
+    layers: Mapping[int, SparseLayer]
+    fresh: str
+    texts: Mapping[str, str]
+    files: Mapping[str, tuple[int, int]]
+    facts: Mapping[str, Any]
 
     @property
     def digest(self) -> str:
@@ -133,14 +131,21 @@ class Plan:
         return sum(shard.num_bytes for shard in self.shards)
 
     @property
-    def layer_bytes(self) -> int:
-        """Bytes of the largest block that is in memory at once."""
-        made: dict[int, int] = {}
-        for shard in self.shards:
-            for output in shard.outputs:
-                if output.layer >= 0:
-                    made[output.layer] = made.get(output.layer, 0) + num_bytes(output.dtype, output.shape)
-        return max(made.values(), default=0)
+    def largest_bytes(self) -> int:
+        """Bytes of the most weights that are in memory at once: one layer's block, or one tensor for the proof."""
+        sizes: dict[Any, int] = {}
+        for output in (output for shard in self.shards for output in shard.outputs):
+            place = output.layer if output.layer >= 0 else output.name
+            sizes[place] = sizes.get(place, 0) + num_bytes(output.dtype, output.shape)
+        return max(sizes.values())
+
+    @property
+    def computed_bytes(self) -> int:
+        """Bytes of tensors that have to be computed from the source's first; known before they are, 0 after that."""
+        copied = (tensor for shard in self.shards for output in shard.outputs for tensor in output.stored)
+        read = (ffn for layer in self.layers.values() for ffn in layer.sources)
+        tensors = {*copied, *(tensor for ffn in read for tensor in (*ffn.weights, *ffn.biases))}
+        return sum(tensor.num_bytes for tensor in tensors if not tensor.path)
 
 
 def fingerprint(path: str | Path) -> tuple[int, int]:

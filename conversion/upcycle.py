@@ -111,6 +111,8 @@ def upcycle(
     start = RouterStart(router_init, router_options or {}, router_texts, tokenizer)
     _fill_blocks(sparse, models, chosen, options, router_std, seed, start)
     sparse.config.dtype = model.config.dtype
+    for each in models:
+        _check_ties(each, sparse)
     sparse.tie_weights()
     if model.can_generate():
         sparse.generation_config = copy.deepcopy(model.generation_config)
@@ -300,6 +302,20 @@ def _take_over(sparse: nn.Module, models: Sequence[nn.Module], rest: str, share:
             for key, value in own.items():
                 if value is not None:
                     own[key] = take([getattr(source, store)[key] for source in sources])
+
+
+def _check_ties(dense: PreTrainedModel, sparse: STMoEPreTrainedModel) -> None:
+    """Refuse a dense model with weights that the mixture ties and that differ, of which one would be lost."""
+    weights = dict(dense.named_parameters(remove_duplicate=False))
+    for name, kept in sparse.all_tied_weights_keys.items():
+        one, other = weights.get(name), weights.get(kept)
+        if one is None or other is None or one is other or one.device.type == "meta":
+            continue
+        if not torch.equal(one, other):
+            raise ValueError(
+                f"dense: {name} is tied to {kept} by its config and differs from it; set tie_word_embeddings=False in "
+                "the config, or tie_weights() if only one is wanted"
+            )
 
 
 def fill_block(

@@ -9,6 +9,7 @@ from packaging.version import Version
 from benchmarks.families import FAMILIES, IMAGE_MODELS, TOLERANCE, category_of, dense_of, measure, refusal_of
 from st_moe import locate_ffns
 from st_moe.conversion import from_disk, upcycle_checkpoint
+from st_moe.conversion.folder import plan_checkpoint
 
 #: Of these, a module reads weights of another, so that they cannot run with their weights on the disk.
 LOADED_WHOLE = {"llama4_text", "prophetnet", "siglip", "siglip_vision_model"}
@@ -32,7 +33,9 @@ def test_a_folder_becomes_a_mixtures_folder(
         pytest.skip(f"this Transformers cannot build its own {family}: {measure(family).reason}")
     dense.save_pretrained(tmp_path / "dense")
     able = [ffn.layer for ffn in locate_ffns(dense) if ffn.storage != "none"]
+    plan = plan_checkpoint(tmp_path / "dense", num_experts=4, sparse_layers=able)
     proof = upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", num_experts=4, sparse_layers=able)
+    assert plan.num_bytes == (tmp_path / "moe" / "model.safetensors").stat().st_size
     assert proof is not None
     assert proof.max_relative_difference <= TOLERANCE
     assert ("Loaded whole" in caplog.text) == (family in LOADED_WHOLE)

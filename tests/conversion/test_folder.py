@@ -28,7 +28,6 @@ from transformers import (
 from st_moe import STMoEForCausalLM, STMoEForSequenceClassification, cli, upcycle
 from st_moe.conversion import folder as folder_module
 from st_moe.conversion import streaming, upcycle_checkpoint
-from st_moe.conversion.streaming import Plan
 from st_moe.modeling.bundle import auto_map, bundle_files
 from tests.families import FAMILIES, TOLERANCE, dense_model, relative_difference, tiny_tokenizer, token_ids
 
@@ -82,9 +81,8 @@ def test_folder_holds_what_travels_with_a_model(dense: Path, tmp_path: Path) -> 
     assert (tmp_path / "moe" / "LICENSE.txt").read_text(encoding="utf-8") == "Do what you like."
 
 
-@pytest.mark.parametrize("family", ["llama", "hrm_text"], ids=["streamed", "in memory"])
-def test_code_travels_when_asked(family: str, tmp_path: Path) -> None:
-    dense_model(family).save_pretrained(tmp_path / "dense")
+def test_code_travels_when_asked(tmp_path: Path) -> None:
+    dense_model("llama").save_pretrained(tmp_path / "dense")
     convert(tmp_path / "dense", tmp_path / "plain")
     convert(tmp_path / "dense", tmp_path / "coded", bundle_code=True)
     plain, coded = contents(tmp_path / "plain"), contents(tmp_path / "coded")
@@ -147,9 +145,8 @@ def test_model_card(dense: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in card
 
 
-def test_model_card_of_a_hub_model_links_it() -> None:
-    facts = dict.fromkeys(("family", "experts", "choices", "sparse_layers", "layers", "total", "active"), 1)
-    plan = Plan(("folder",), "copy", {}, facts=facts)
+def test_model_card_of_a_hub_model_links_it(dense: Path) -> None:
+    plan = folder_module.plan_checkpoint(dense)
     card = folder_module.model_card(["org/name"], plan, 0, None, {"a": 2, "b": 1})
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == ["org/name"]
     assert "not measured" in card

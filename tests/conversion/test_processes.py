@@ -129,7 +129,7 @@ print(work(), in_a_child(work))
             subprocess.run(light(stock, tmp_path / "moe"), capture_output=True, timeout=120, check=True)
         assert contents(tmp_path / "moe") == straight
 
-    @pytest.mark.parametrize("step", ["_plan", "_stream", "_proof"])
+    @pytest.mark.parametrize("step", ["_plan", "_write_weights", "_proof"])
     def test_no_step_outlives_its_run(self, step: str, stock: Path, straight: dict[str, bytes], tmp_path: Path) -> None:
         code = f"""
 import os, sys, time

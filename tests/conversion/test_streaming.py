@@ -15,12 +15,13 @@ import huggingface_hub
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Model
 
 from benchmarks import tiny_models
 from benchmarks.families import dense_of
-from st_moe import upcycle
+from st_moe import locate_ffns, upcycle
 from st_moe.conversion import folder as folder_module
 from st_moe.conversion import from_disk, streaming, upcycle_checkpoint
 from st_moe.conversion import plan as plan_module
@@ -74,8 +75,6 @@ def assert_same_as_in_memory(dense: Path, tmp_path: Path, shard: str = "40KB", *
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_written_as_in_memory(family: str, tmp_path: Path) -> None:
     dense_model(family).save_pretrained(tmp_path / "dense")
-    plan = plan_checkpoint(tmp_path / "dense")
-    assert plan.in_memory == ""
     assert_same_as_in_memory(tmp_path / "dense", tmp_path)
 
 
@@ -147,9 +146,15 @@ def test_prefixes_ties_and_old_names(tmp_path: Path) -> None:
     assert isinstance(GPT2Model.from_pretrained(tmp_path / "dense"), GPT2Model)
     # The tied embedding may be stored twice, as long as both are equal.
     save_file({**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()}, path)
-    assert plan_checkpoint(tmp_path / "dense").in_memory == ""
-    save_file({**tensors, "lm_head.weight": tensors["transformer.wte.weight"] + 1}, path)
-    assert "are tied by the config and differ" in plan_checkpoint(tmp_path / "dense").in_memory
+    plan_checkpoint(tmp_path / "dense")
+    save_file({**tensors, "lm_head.weight": tensors["transformer.wte.weight"] + 1}, path, {"format": "pt"})
+    message = r"transformer\.wte\.weight and lm_head\.weight are tied by the config of .* and differ"
+    with pytest.raises(ValueError, match=rf'^source: {message} in its files; set "tie_word_embeddings": false'):
+        plan_checkpoint(tmp_path / "dense")
+    with pytest.raises(
+        ValueError, match=r"^dense: lm_head\.weight is tied to transformer\.wte\.weight by its config and"
+    ):
+        upcycle(tmp_path / "dense", num_experts=2)
 
 
 def test_base_checkpoints(tmp_path: Path) -> None:
@@ -158,19 +163,57 @@ def test_base_checkpoints(tmp_path: Path) -> None:
     path = tmp_path / "dense" / "model.safetensors"
     bare = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
     save_file(bare | {"h.0.attn.bias": torch.ones(1, 1, 64, 64)}, path)
-    assert plan_checkpoint(tmp_path / "dense").in_memory == ""
     assert_same_as_in_memory(tmp_path / "dense", tmp_path)
 
 
-def test_what_cannot_be_streamed_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(folder_module.logger, "propagate", True)
+@pytest.mark.parametrize("family", ["hrm_text", "olmo_hybrid", "deepseek_v3", "jamba", "kimi_linear"])
+def test_tensors_that_files_hold_otherwise_are_computed_first(family: str, tmp_path: Path) -> None:
+    """Fused ones that the model splits, split ones that it fuses, and experts that are stored one by one."""
+    dense = dense_of(family)
+    dense.save_pretrained(tmp_path / "dense", max_shard_size="50KB")
+    fields = {"recipe": "noise", "sparse_layers": [ffn.layer for ffn in locate_ffns(dense) if ffn.storage != "none"]}
+    plan = plan_checkpoint(tmp_path / "dense", num_experts=4, max_shard_size="40KB", **fields)  # type: ignore[arg-type]
+    stored = {name for path in (tmp_path / "dense").glob("*.safetensors") for name in read_header(path)}
+    assert plan.computed_bytes > 0
+    assert not dense.state_dict().keys() <= stored
+    assert_same_as_in_memory(tmp_path / "dense", tmp_path, **fields)
+    assert plan.num_bytes == sum(path.stat().st_size for path in (tmp_path / "disk").glob("*.safetensors"))
+    assert not (tmp_path / "disk.partial").exists()
+
+
+@pytest.mark.parametrize("error", ["No space left on device (os error 28)", "Input/output error (os error 5)"])
+def test_a_full_disk_while_tensors_are_computed(error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense_model("hrm_text").save_pretrained(tmp_path / "dense")
-    proof = upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", num_experts=2)
-    assert isinstance(proof, IdentityProof)
-    assert proof.holds
-    assert "dense: converted in memory, not streamed: its tensor" in caplog.text
+
+    def full(*arguments: Any) -> None:
+        raise SafetensorError(error)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plan_module, "load_dense", full)
+        with pytest.raises(OSError, match="is full; make room and run" if "28" in error else "Input/output error"):
+            convert(tmp_path / "dense", tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
+    convert(tmp_path / "dense", tmp_path / "moe")
+
+
+def test_one_tensor_under_two_names_is_refused(stock: Path, tmp_path: Path) -> None:
+    dense_model("gpt2").save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"ln_f.weight": tensors["transformer.ln_f.weight"].clone()}, path, {"format": "pt"})
+    message = r"source: a tensor must be stored once, but .transformer\.ln_f\.weight. and .ln_f\.weight. in"
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "dense", tmp_path / "moe")
+
+
+def test_an_ffn_of_several_dtypes_is_refused(tmp_path: Path) -> None:
+    dense_model("llama").save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].bfloat16()
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"source: an FFN must be stored in one dtype, got .*up_proj\.weight BF16"):
+        convert(tmp_path / "dense", tmp_path / "moe")
 
 
 # ------------------------------------------------------------------------------------------------ killed and resumed
@@ -535,18 +578,17 @@ def test_other_routers_are_another_plan(stock: Path, tmp_path: Path, stop_at: An
 # ------------------------------------------------------------------------------------------------ leftovers
 
 
-def test_a_killed_conversion_in_memory_leaves_nothing_behind(tmp_path: Path, stop_at: Any) -> None:
+def test_a_kill_after_tensors_were_computed_is_gone_on_from(tmp_path: Path, stop_at: Any) -> None:
     dense = tmp_path / "dense"
     dense_model("hrm_text").save_pretrained(dense)
-    fields = {"recipe": "copy", "verify": True}
     events = stop_at(0, lambda: None)
-    convert(dense, tmp_path / "straight", **fields, max_shard_size="5GB")
-    at = events.index("run") + 1
-    assert killed(dense, tmp_path / "moe", stop_at, at, **fields, max_shard_size="20KB")
-    assert (tmp_path / "moe.partial" / "model" / "model.safetensors.index.json").exists()
-    stop_at(0, lambda: None)
-    convert(dense, tmp_path / "moe", **fields, max_shard_size="5GB")
-    assert contents(tmp_path / "moe") == contents(tmp_path / "straight")
+    convert(dense, tmp_path / "straight")
+    for number in random.Random(0).sample(range(2, len(events)), 5):
+        assert killed(dense, tmp_path / str(number), stop_at, number)
+        assert list((tmp_path / f"{number}.partial" / "computed").rglob("*.safetensors"))
+        stop_at(0, lambda: None)
+        convert(dense, tmp_path / str(number))
+        assert contents(tmp_path / str(number)) == contents(tmp_path / "straight")
 
 
 def test_files_that_the_source_no_longer_has_are_not_kept(stock: Path, tmp_path: Path, stop_at: Any) -> None:
@@ -563,7 +605,7 @@ def test_files_that_the_source_no_longer_has_are_not_kept(stock: Path, tmp_path:
     assert contents(tmp_path / "moe").keys() == contents(tmp_path / "first").keys() - {"LICENSE"}
 
 
-def test_texts_for_a_model_that_is_converted_in_memory(tmp_path: Path) -> None:
+def test_texts_for_a_model_whose_files_hold_tensors_otherwise(tmp_path: Path) -> None:
     dense_model("hrm_text").save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     fields = {"num_experts": 2, "router_init": "cluster", "router_texts": ["the quick brown fox jumps"]}
@@ -641,7 +683,7 @@ def test_the_plan_is_shown_and_nothing_written(stock: Path, tmp_path: Path) -> N
     for wanted in ("3 of 3", f"{size:,} in 1 files", "4, of which 1 per token", f"{config.num_parameters():,}"):
         assert wanted in text
     # One layer: 4 experts of 3 matrices 32 x 48 and a router, in float32.
-    assert plan.layer_bytes == 4 * (4 * 3 * 32 * 48 + 4 * 32)
+    assert plan.largest_bytes == 4 * (4 * 3 * 32 * 48 + 4 * 32)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["moe"]
 
 
