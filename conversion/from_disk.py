@@ -137,11 +137,24 @@ def prove_folder(source: str | Path, folder: Path, text: str | None = None) -> I
         return tokens, mask, outputs_of(dense, tokens, mask)
 
     tokens, mask, theirs = run_from_disk(partial(load_dense, source), folder.parent, of_dense)
-    ours = run_from_disk(partial(_load_mixture, folder), folder.parent, lambda sparse: outputs_of(sparse, tokens, mask))
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    load = partial(load_from_disk, getattr(modeling, name), folder, "auto")
+    ours = run_from_disk(load, folder.parent, lambda sparse: outputs_of(sparse, tokens, mask))
     return compared(theirs, ours, tokens, mask)
 
 
-def _load_mixture(folder: Path, offload: Path | None) -> PreTrainedModel:
-    name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+def load_from_disk(
+    model_class: Any, source: str | Path, dtype: str | torch.dtype, offload: Path | None
+) -> PreTrainedModel:
+    """A model for `run_from_disk`, with experts in the plain loop, which reads them one by one.
+
+    Args:
+        model_class: a model's or an Auto class.
+        source: folder, or name on the Hub.
+        dtype: as for `from_pretrained`.
+        offload: folder for what has to be computed from the files, or None for the whole model in memory.
+    """
     place = {} if offload is None else {"device_map": {"": "disk"}, "offload_folder": offload}
-    return getattr(modeling, name).from_pretrained(folder, dtype="auto", experts_implementation="eager", **place)
+    return model_class.from_pretrained(
+        source, dtype=dtype, use_safetensors=True, experts_implementation="eager", **place
+    )

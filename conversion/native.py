@@ -11,6 +11,7 @@ import difflib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,9 +23,10 @@ from transformers import initialization as init
 
 from st_moe.configuration import STMoEConfig
 from st_moe.configuration.configuration_st_moe import installed_version
+from st_moe.conversion.from_disk import load_from_disk, run_from_disk
 from st_moe.conversion.native_files import config_of, destination_of, load_mixture, write_folder
 from st_moe.conversion.native_targets import TARGETS, Family, NativeTarget, Rows
-from st_moe.conversion.proof import IdentityProof, prove_identity
+from st_moe.conversion.proof import IdentityProof, Outputs, compared, outputs_of, prove_identity
 from st_moe.conversion.upcycle import load_dense
 from st_moe.modeling import STMoEForCausalLM
 
@@ -90,8 +92,11 @@ def export_native(
     native = _native_model(row, ours)
 
     def check(folder: Path) -> IdentityProof:
+        what = f"target: the {row.name} checkpoint"
+        if source is not None:
+            return _proven_from_disk(source, folder, what)
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        return _proven(ours, loaded, f"target: the {row.name} checkpoint")
+        return _proven(ours, loaded, what)
 
     card = (
         f"{row.name} checkpoint, written from a mixture of {config.dense_model_type} by st_moe {installed_version()} "
@@ -477,10 +482,33 @@ def _proven(reference: PreTrainedModel, other: PreTrainedModel, what: str) -> Id
         ValueError: when their logits differ by more than rounding.
     """
     reference, other = (_reference(model) for model in (reference, other))
-    generator = torch.Generator().manual_seed(0)
-    length = min(_TOKENS[1], getattr(reference.config, "max_position_embeddings", None) or _TOKENS[1])
-    ids = torch.randint(reference.config.vocab_size, (_TOKENS[0], length), generator=generator)
-    proof = prove_identity(reference, other, ids)
+    return _judged(prove_identity(reference, other, _tokens(reference.config)), what)
+
+
+def _proven_from_disk(source: str | Path, folder: Path, what: str) -> IdentityProof:
+    """Compare a stored mixture with a stored native model in float32, one module in memory at a time.
+
+    Raises:
+        ValueError: when their logits differ by more than rounding.
+    """
+
+    def outputs(model_class: Any, place: str | Path) -> Outputs:
+        load = partial(load_from_disk, model_class, place, torch.float32)
+        return run_from_disk(load, folder.parent, lambda model: outputs_of(model, ids, mask))
+
+    ids = _tokens(config_of(source))
+    mask = torch.ones_like(ids)
+    ours, native = outputs(STMoEForCausalLM, source), outputs(AutoModelForCausalLM, folder)
+    return _judged(compared(ours, native, ids, mask), what)
+
+
+def _tokens(config: Any) -> Tensor:
+    """Random token ids [2, 64], or as many as the model has positions."""
+    length = min(_TOKENS[1], getattr(config, "max_position_embeddings", None) or _TOKENS[1])
+    return torch.randint(config.vocab_size, (_TOKENS[0], length), generator=torch.Generator().manual_seed(0))
+
+
+def _judged(proof: IdentityProof, what: str) -> IdentityProof:
     if not proof.max_relative_difference <= TOLERANCE:
         raise ValueError(
             f"{what} must have equal logits, but they differ by {proof.max_relative_difference:.1e} of the largest "

@@ -125,6 +125,49 @@ def test_export_holds_the_function_and_comes_back_bit_by_bit(target: str, family
     assert relative_difference(logits(back), logits(model)) > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize(("target", "family"), PAIRS)
+def test_export_of_a_folder_is_proven_from_the_disk(
+    target: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same files and nearly the same figure as of the model in memory, one module in memory at a time."""
+    model = mixture_for(target, family)
+    model.save_pretrained(tmp_path / "moe")
+    whole = export_native(model, target, tmp_path / "from memory")
+    proven: list[Any] = []
+    real = native.outputs_of
+
+    def watched(each: Any, *inputs: Any) -> Any:
+        proven.append({parameter.device.type for parameter in each.parameters()})
+        return real(each, *inputs)
+
+    monkeypatch.setattr(native, "outputs_of", watched)
+    proof = export_native(tmp_path / "moe", target, tmp_path / "from disk")
+    assert proven == [{"meta"}, {"meta"}]
+    assert proof.max_relative_difference <= TOLERANCE
+    assert proof.sparse_loss == pytest.approx(whole.sparse_loss, rel=1e-6)
+    weights = [(tmp_path / way / "model.safetensors").read_bytes() for way in ("from memory", "from disk")]
+    assert weights[0] == weights[1]
+    assert contents(tmp_path / "from disk") == contents(tmp_path / "from memory")
+
+
+@pytest.mark.parametrize("kind", ["swapped", "nan"])
+def test_a_wrong_translation_of_a_folder_is_seen(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = native._translated
+
+    def wrong(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        tensors = original(*args, **kwargs)
+        name = "model.layers.1.mlp.experts.down_proj"
+        tensors[name] = tensors[name][[1, 0, 2, 3]] if kind == "swapped" else tensors[name] * torch.nan
+        return tensors
+
+    monkeypatch.setattr(native, "_translated", wrong)
+    mixture().save_pretrained(tmp_path / "moe")
+    message = r"must have equal logits, but they differ by " + (r"\d" if kind == "swapped" else "nan")
+    with pytest.raises(ValueError, match=message):
+        export_native(tmp_path / "moe", "mixtral", tmp_path / "native")
+    assert [path.name for path in tmp_path.iterdir()] == ["moe"]
+
+
 def random_native(target: str) -> PreTrainedModel:
     """A native mixture as its own class draws it, around the first family of its row, moved off its initial values."""
     row = row_of(target)
