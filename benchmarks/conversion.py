@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import torch
@@ -98,16 +98,17 @@ def convert(source: Path, target: Path, options: dict[str, Any]) -> dict[str, fl
     """Run `child` in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.conversion", "--child", str(source), str(target), json.dumps(options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     together = 0
-    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as run:
-        while run.poll() is None:
-            together = max(together, proportional_of(run.pid))
-            time.sleep(0.1)
-        output, errors = run.communicate()
+    with TemporaryFile("w+") as output:
+        with subprocess.Popen(command, env=environment, start_new_session=True, stdout=output, stderr=output) as run:
+            while run.poll() is None:
+                together = max(together, proportional_of(run.pid))
+                time.sleep(0.1)
+        output.seek(0)
+        lines = output.read().splitlines()
     if run.returncode:
-        raise SystemExit(errors)
-    return json.loads(output.splitlines()[-1]) | {"together": together}
+        raise SystemExit("\n".join(lines))
+    return json.loads(lines[-1]) | {"together": together}
 
 
 def proportional_of(session: int) -> int:

@@ -41,10 +41,11 @@ def plan_table(plan: Plan, destination: Path) -> Table:
         "experts per sparse layer": f"{facts['experts']}, of which {facts['choices']} per token",
         "parameters": f"{facts['total']:,}, of which {facts['active']:,} active per token",
         "bytes to write": f"{plan.num_bytes:,} in {len(plan.shards)} files",
-        "bytes on the way": f"{plan.computed_bytes:,}, which the source's files hold otherwise",
         "peak memory, about": f"{_BASE_MEMORY + plan.largest_bytes:,} bytes",
         "free disk": f"{shutil.disk_usage(place).free:,} bytes",
     }
+    if plan.computed:
+        rows["bytes on the way"] = f"{sum(plan.computed):,}, of tensors that the source's files hold otherwise"
     for name, value in rows.items():
         table.add_row(name, escape(str(value)))
     return table

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from st_moe.configuration import ROUTER_TYPES, STMoEConfig, check_own_code
 from st_moe.conversion.card import faults_of, model_card
 from st_moe.conversion.checkpoint import check_checkpoint, dense_config
-from st_moe.conversion.processes import apart, only_run
+from st_moe.conversion.processes import in_a_child_if_light, only_run
 from st_moe.conversion.streaming import Journal, Plan, checkpoint_of_progress, sync_folder, write_shards
 
 if TYPE_CHECKING:
@@ -142,10 +142,11 @@ def upcycle_checkpoint(
         workshop.mkdir(parents=True, exist_ok=True)
         journal = Journal(workshop, plan.digest + (" with code" if bundle_code else ""))
         _check_room(plan, workshop, journal)
-        journal.non_finite = apart(_write_weights, plan, workshop, journal)
+        journal.non_finite = in_a_child_if_light(_write_weights, plan, workshop, journal)
+        (workshop / "computed").unlink(missing_ok=True)
         folder = workshop / "model"
         _write_texts(plan, folder)
-        proof = apart(_proof, plan.sources[0], folder, proof_text) if verify else None
+        proof = in_a_child_if_light(_proof, plan.sources[0], folder, proof_text) if verify else None
         if proof is not None:
             print(proof)  # noqa: T201 -- the proof is part of what the caller asked for
             with _keeping_nothing(workshop):
@@ -183,7 +184,8 @@ def plan_checkpoint(
 
     Args:
         source, max_shard_size, verify, proof_text, mixture_fields, and how experts and routers are made: as there.
-        fresh: file to write with the parts that no recipe makes; None writes nothing at all, and reads no text.
+        fresh: file to write with the parts that no recipe makes, beside which a file `computed` has the tensors that
+            the source's files hold otherwise; None writes nothing at all, and reads no text.
 
     Raises:
         ValueError: when an argument or the source is at fault.
@@ -204,7 +206,7 @@ def plan_checkpoint(
         "max_shard_size": max_shard_size,
         "fields": mixture_fields,
     }
-    return apart(_plan, sources, fresh, arguments)
+    return in_a_child_if_light(_plan, sources, fresh, arguments)
 
 
 def _plan(sources: Sequence[str | Path], fresh: Path | None, arguments: Mapping[str, Any]) -> Plan:
@@ -348,9 +350,7 @@ def _write_code(folder: Path) -> None:
 
 
 def _copy_companions(source: str | Path, target: Path) -> None:
-    """Keep the tokenizer and what else travels with a checkpoint, a folder or a name on the Hub, as it is."""
-    if not Path(source).exists():
-        source = huggingface_hub.snapshot_download(str(source), allow_patterns=list(_COMPANION_FILES))
+    """Keep the tokenizer and what else travels with a checkpoint's folder as it is."""
     folder = Path(source).absolute()
     homes = {folder.resolve(), folder.parent.parent.resolve() / "blobs"}
     for path in sorted(path for pattern in _COMPANION_FILES for path in folder.glob(pattern)):
@@ -363,7 +363,7 @@ def _copy_companions(source: str | Path, target: Path) -> None:
         logger.warning(f"No tokenizer in {source}, so none is written.")
     elif not _names_its_class(target / "tokenizer_config.json"):
         # The class would be looked up by the model's type, which is another one now.
-        apart(_keep_tokenizer, source, target)
+        in_a_child_if_light(_keep_tokenizer, source, target)
 
 
 def _keep_tokenizer(source: str | Path, target: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import mmap
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from logging import ERROR, getLogger
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -30,7 +33,7 @@ logger = logging.get_logger(__name__)
 Result = TypeVar("Result")
 
 _MADV_DONTNEED = 4  # of Linux' madvise
-_LEAST_GIVEN_BACK = 4 * 2**20
+_LEAST_GIVEN_BACK = 4 * 2**20  # bytes in one operation; less goes with its module, and is not worth the look
 
 
 class GivingBack(TorchFunctionMode):
@@ -47,30 +50,43 @@ class GivingBack(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor) and sys.platform == "linux":
-            for tensor in (*args, *kwargs.values()):
-                if isinstance(tensor, torch.Tensor) and _reads(tensor, result):
-                    _give_back(tensor)
-                    return_freed_memory()
+            read = [tensor for tensor in _tensors((*args, *kwargs.values())) if _reads(tensor, result)]
+            if sum(tensor.nbytes for tensor in read) >= _LEAST_GIVEN_BACK and _give_back(read):
+                return_freed_memory()
         return result
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among an operation's arguments, and in lists of them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
 def _reads(tensor: torch.Tensor, result: torch.Tensor) -> bool:
-    """Whether an operation that made this result has read much of a tensor in memory, and not made a view of it."""
-    if tensor.device.type != "cpu" or tensor.nbytes < _LEAST_GIVEN_BACK:
-        return False
-    return tensor.untyped_storage().data_ptr() != result.untyped_storage().data_ptr()
+    """Whether an operation that made this result has read a tensor in memory, and not made a view of it."""
+    plain = tensor.device.type == result.device.type == "cpu" and tensor.layout == result.layout == torch.strided
+    return plain and tensor.untyped_storage().data_ptr() != result.untyped_storage().data_ptr()
 
 
-def _give_back(tensor: torch.Tensor) -> None:
-    """Give the pages of a tensor back if they are mapped from a file of weights; all others would lose their values."""
-    first = tensor.data_ptr()
-    for line in Path("/proc/self/maps").read_bytes().splitlines():
-        if line.endswith(b".safetensors"):
-            start, end = (int(address, 16) for address in line.split(b" ", 1)[0].split(b"-"))
-            if start <= first < end:
-                page = first - first % mmap.PAGESIZE
-                size = min(first + tensor.nbytes, end) - page  # an expanded view has more bytes than memory
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(page), ctypes.c_size_t(size), _MADV_DONTNEED)
+def _give_back(tensors: Iterable[torch.Tensor]) -> bool:
+    """Give pages of tensors back that are mapped from a file and as they are there; what others hold would be lost."""
+    maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_bytes().splitlines()]
+    # The fifth field is the number of the file; memory of its own has none.
+    mapped = [[int(address, 16) for address in fields[0].split(b"-")] for fields in maps if fields[4] != b"0"]
+    found = False
+    for tensor in tensors:
+        first = tensor.data_ptr()
+        end = next((end for start, end in mapped if start <= first < end), None)
+        # Nobody knows whether an inference tensor was written to; of others the version does.
+        if end is not None and not tensor.is_inference() and not tensor._version:
+            page = first - first % mmap.PAGESIZE
+            size = min(first + tensor.nbytes, end) - page  # an expanded view has more bytes than memory
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(page), ctypes.c_size_t(size), _MADV_DONTNEED)
+            found = True
+    return found
 
 
 def run_from_disk(
@@ -86,15 +102,21 @@ def run_from_disk(
             whole model in memory.
         place: where that folder, `offload`, is made for a while.
         run: what is done with the model.
+
+    Raises:
+        OSError: when the disk is full.
     """
     offload = place / "offload"
     offload.mkdir(parents=True, exist_ok=True)
     checkpoint_of_progress("run")
     try:
-        with without_notes():
-            model = load(offload=offload)
         with GivingBack():
+            with _without_notes():
+                model = load(offload=offload)
             return run(model)
+    except SafetensorError as error:  # the library's own for every fault of a disk
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         if "meta" not in reason:  # where weights that are not there are
@@ -106,7 +128,7 @@ def run_from_disk(
 
 
 @contextmanager
-def without_notes() -> Iterator[None]:
+def _without_notes() -> Iterator[None]:
     """Without what host and accelerate tell whoever did not ask for weights on the disk."""
     notes, bar = getLogger("accelerate.big_modeling"), logging.is_progress_bar_enabled()
     level = notes.level

@@ -6,54 +6,45 @@ Everything that can be wrong with a request or a checkpoint is found here, befor
 from __future__ import annotations
 
 import difflib
-import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from st_moe.configuration import MIXTURE_FIELDS, STMoEConfig, auto_class_of, dense_config_of, family_config
 from st_moe.conversion.checkpoint import CONFIG_FAULTS, checkpoint_tensors, dense_config
-from st_moe.conversion.from_disk import run_from_disk, without_notes
+from st_moe.conversion.from_disk import run_from_disk
 from st_moe.conversion.merge import check_compatible
 from st_moe.conversion.proof import inputs_of, proof_tokens
 from st_moe.conversion.recipes import FFNTensors, LayerTensors, try_recipe
 from st_moe.conversion.router_init import RouterInputs, RouterStart, check_rows, inputs_of_ffns, start_router
+from st_moe.conversion.stored import Computed, compute, first_float, stored_by_name
 from st_moe.conversion.streaming import Output, Plan, Shard, SparseLayer, StoredFFN, fingerprint
 from st_moe.conversion.tensor_files import (
     DTYPES,
     NAMES,
     StoredTensor,
     bytes_of,
-    chunks_of,
     header_of,
     num_bytes,
-    read_header,
 )
-from st_moe.conversion.upcycle import fill_block, fill_router, load_dense, mixture_config_of, shown, sparse_class
+from st_moe.conversion.upcycle import fill_block, fill_router, load_dense, mixture_config_of, sparse_class
 from st_moe.modeling import locate_ffns
 from st_moe.modeling.experts import ModuleExperts
 from st_moe.modeling.ffn import FFNLocation
 from st_moe.modeling.modeling_st_moe import STMoEPreTrainedModel
 from st_moe.modeling.sparse_block import SparseBlock
-
-_FLOATS = ("F64", "F32", "BF16", "F16")
 
 # Fields of configs that say how many layers there are.
 _LAYER_NUMBERS = (
@@ -136,7 +127,8 @@ def make_plan(
 
     Args:
         sources: the checkpoint's folder; of models that are merged, all of theirs.
-        fresh: file to write with routers and all else of sparse blocks that is drawn anew; None only plans.
+        fresh: file to write with routers and all else of sparse blocks that is drawn anew, beside which a file
+            `computed` has what the sources' files hold otherwise; None only plans.
         recipe, recipe_options, router_std, seed, fields: as for `upcycle`.
         router_start: how the routers start, see `upcycle`.
         max_shard_size: largest file, such as `"5GB"`.
@@ -151,6 +143,7 @@ def make_plan(
     if not router_std >= 0:
         raise ValueError(f"router_std: must not be negative, got {router_std!r}")
     source = sources[0]
+    before = _fingerprints(sources)
     tensors = [checkpoint_tensors(each) for each in sources]
     for folder, own in zip(sources, tensors, strict=True):
         _check_depth(folder, len(own))
@@ -158,15 +151,18 @@ def make_plan(
     _name_dtype(models, tensors[0])
     if verify:
         inputs_of(models.dense, proof_tokens(source, models.dense, proof_text), None)
-    stored = _stored_of_all(models.dense, sources, tensors, fresh)
+    computed = Computed(str(fresh and fresh.with_name("computed")), [])
+    stored = _stored_of_all(models.dense, sources, tensors, computed)
     layers = {index: _sparse_layer(models, index, stored) for index in models.blocks}
     inputs = _router_inputs(models, source, router_start, fresh)
     made, digest = _write_fresh(models, layers, stored[0], router_std, router_start, inputs, seed, fresh)
     average = recipe == "merge" and recipe_options.get("rest", "average") == "average"
     outputs = _outputs(models, stored if average else stored[:1], made)
     shards, index = _cut(outputs, max_shard_size, models.sparse.num_parameters())
-    paths = {t.path for own in tensors for t in own.values()} | {str(folder / "config.json") for folder in sources}
-    files = {path: fingerprint(path) for path in sorted(paths)}
+    if fresh is not None:
+        compute(computed)
+    if _fingerprints(sources) != before:
+        raise ValueError(f"source: {', '.join(map(str, sources))} has changed while it was read; run the command again")
     return Plan(
         sources=tuple(map(str, sources)),
         recipe=recipe,
@@ -175,21 +171,28 @@ def make_plan(
         layers=made,
         fresh=digest,
         texts={**_texts(models, source), **index},
-        files=files,
+        files=before,
+        computed=tuple(sum(tensor.num_bytes for tensor in tensors) for _, tensors in computed.computations),
         facts=_facts(models, recipe_options),
     )
+
+
+def _fingerprints(sources: Sequence[Path]) -> dict[str, tuple[int, int]]:
+    """`Plan.files`: of every file of the sources that may be read."""
+    patterns = ("config.json", "model.safetensors.index.json", "*.safetensors")
+    paths = {path for folder in sources for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return {str(path): fingerprint(path) for path in sorted(paths)}
 
 
 def _stored_of_all(
     dense: PreTrainedModel,
     sources: Sequence[Path],
     tensors: Sequence[Mapping[str, StoredTensor]],
-    fresh: Path | None,
+    computed: Computed,
 ) -> list[dict[str, StoredTensor]]:
     """`stored_by_name` of every source, which all must be of one architecture."""
     others = [_without_weights(source) for source in sources[1:]]
-    places = [fresh and fresh.with_name("computed") / str(number) for number in range(len(sources))]
-    stored = [stored_by_name(*each) for each in zip((dense, *others), tensors, sources, places, strict=True)]
+    stored = [stored_by_name(*each, computed) for each in zip((dense, *others), tensors, sources, strict=True)]
     if others:
         shapes = [{name: (t.shape, DTYPES[t.dtype]) for name, t in own.items()} for own in stored]
         check_compatible([model.config for model in (dense, *others)], shapes)
@@ -231,7 +234,7 @@ def _name_dtype(models: Models, tensors: Mapping[str, StoredTensor]) -> None:
     """Have the mixture's config name a dtype: the dense config's, or that of the first weights."""
     dtype = models.dense.config.dtype
     if dtype is None:
-        dtype = next((DTYPES[t.dtype] for t in tensors.values() if t.dtype in _FLOATS), torch.float32)
+        dtype = first_float(tensors.values())
     models.sparse.config.dtype = str(dtype).removeprefix("torch.")
     models.sparse.config.architectures = [type(models.sparse).__name__]
 
@@ -259,116 +262,6 @@ def _facts(models: Models, options: Mapping[str, Any]) -> dict[str, Any]:
         "active": config.num_parameters(active=True),
         "exact": models.recipe.keeps_function(options, config),
     }
-
-
-def stored_by_name(
-    dense: PreTrainedModel, tensors: Mapping[str, StoredTensor], source: str | Path, place: Path | None = None
-) -> dict[str, StoredTensor]:
-    """Where each tensor of a model lies, by its name in the model: in its checkpoint, or computed from there.
-
-    The host's own rules for old names, for prefixes and for tensors that are stored otherwise apply.
-
-    Args:
-        dense: the model, without weights.
-        tensors: of the checkpoint, by their names there.
-        source: the checkpoint.
-        place: folder to write for what has to be computed; None computes nothing, and such tensors have no path.
-
-    Raises:
-        ValueError: when the checkpoint's tensors are not those of its config.
-        OSError: when the disk is full.
-    """
-    transforms = get_model_conversion_mapping(dense)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    wanted = dense.state_dict()
-    found: dict[str, StoredTensor] = {}
-    plain = True
-    for key, tensor in tensors.items():
-        name, pattern = rename_source_key(key, renamings, converters, dense.base_model_prefix, wanted)
-        if pattern is not None:
-            plain = False
-        elif name in found:
-            raise ValueError(
-                f"source: a tensor must be stored once, but {key!r} and {found[name].key!r} in {source} are both "
-                f"{name!r} of the model; remove one"
-            )
-        else:
-            found[name] = tensor
-    ties = _tied(dense)
-    if not plain:
-        known = {*found, *(name for names in ties if found.keys() & names for name in names)}
-        found |= _computed({name: t for name, t in wanted.items() if name not in known}, source, place)
-    for names in ties:
-        present = [name for name in names if name in found]
-        if any(not _same_bytes(found[present[0]], found[name]) for name in present[1:]):
-            raise ValueError(
-                f"source: {' and '.join(present)} are tied by the config of {source} and differ in its files; set "
-                '"tie_word_embeddings": false in config.json, or leave out the one that is not wanted'
-            )
-        found |= {name: found[present[0]] for name in names if present}
-    keys: Any = SimpleNamespace(missing_keys=wanted.keys() - found.keys(), unexpected_keys=found.keys() - wanted.keys())
-    dense._adjust_missing_and_unexpected_keys(keys)
-    for fault, names in vars(keys).items():
-        if names:
-            raise ValueError(
-                f"source: the tensors of {source} must be those of its config; {fault.replace('_', ' ')}: "
-                f"{shown(sorted(names))}"
-            )
-    for name, tensor in wanted.items():
-        if name in found:
-            _check_tensor(name, tensor, found[name])
-    return {name: found[name] for name in wanted if name in found}
-
-
-def _computed(wanted: Mapping[str, torch.Tensor], source: str | Path, place: Path | None) -> dict[str, StoredTensor]:
-    """Tensors of the model that the host makes of others, such as experts that are stored one by one.
-
-    It writes them to a folder while it loads the model with all weights on the disk, one at a time.
-
-    Raises:
-        ValueError: when the checkpoint's tensors are not those of its config.
-        OSError: when the disk is full.
-    """
-    if place is None:
-        return {name: StoredTensor(name, "", NAMES[t.dtype], tuple(t.shape), 0) for name, t in wanted.items()}
-    shutil.rmtree(place, ignore_errors=True)
-    try:
-        with without_notes():
-            load_dense(source, place)
-    except SafetensorError as error:
-        raise OSError(errno.ENOSPC if "No space left" in str(error) else errno.EIO, str(error)) from None
-    found: dict[str, StoredTensor] = {}
-    for path in sorted(place.glob("*.safetensors")):
-        found |= read_header(path)
-    return {name: found[name] for name in wanted if name in found}
-
-
-def _check_tensor(name: str, wanted: torch.Tensor, stored: StoredTensor) -> None:
-    if tuple(wanted.shape) != stored.shape:
-        raise ValueError(
-            f"source: {stored.key!r} in {stored.path} must have the shape that config.json asks for, "
-            f"{list(wanted.shape)}, got {list(stored.shape)}"
-        )
-    if wanted.is_floating_point() and stored.dtype not in _FLOATS:
-        raise ValueError(
-            f"source: must not be quantised, but {stored.key!r} in {stored.path} is stored as {stored.dtype}; take the "
-            f"checkpoint in one of {', '.join(_FLOATS)}"
-        )
-
-
-def _tied(model: nn.Module) -> list[list[str]]:
-    """Groups of names that stand for one tensor."""
-    groups: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        groups.setdefault(id(tensor), []).append(name)
-    return [names for names in groups.values() if len(names) > 1]
-
-
-def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
-    if one == other or (one.dtype, one.shape) != (other.dtype, other.shape):
-        return one == other
-    return all(a == b for a, b in zip(chunks_of(one), chunks_of(other), strict=True))
 
 
 def _sparse_layer(models: Models, index: int, stored: Sequence[Mapping[str, StoredTensor]]) -> SparseLayer:

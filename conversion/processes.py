@@ -6,16 +6,20 @@ import ctypes
 import gc
 import hashlib
 import os
+import pickle
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from pathlib import Path
 from tempfile import gettempdir
 from threading import Thread
+from traceback import format_exc
 from typing import Any, TypeVar
+
+from rich.console import Console
 
 Result = TypeVar("Result")
 
@@ -41,53 +45,71 @@ def only_run(target: Path) -> Iterator[None]:
 
     digest = hashlib.sha256(os.fsencode(target)).hexdigest()[:16]
     path = Path(gettempdir()) / f"st_moe-{os.getuid()}-{digest}.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        last = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    last = time.monotonic() + _PATIENCE
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break
-            except BlockingIOError:
-                if time.monotonic() > last:
-                    raise ValueError(
-                        f"destination: another run is at work on {target}; wait for it, or stop it and run this again"
-                    ) from None
-                time.sleep(0.05)
+        except FileNotFoundError:  # the run that held it has removed it, as it does below
+            pass
+        except BlockingIOError:
+            if time.monotonic() > last:
+                os.close(descriptor)
+                raise ValueError(
+                    f"destination: another run is at work on {target}; wait for it, or stop it and run this again"
+                ) from None
+            time.sleep(0.05)
+        os.close(descriptor)
+    try:
         yield
     finally:
+        path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def apart(function: Callable[..., Result], *arguments: Any) -> Result:
-    """What a function returns: run in a child, whose memory ends with it, where no model classes are in this process.
+def in_a_child_if_light(function: Callable[..., Result], *arguments: Any) -> Result:
+    """What a function returns: run in a child, whose memory ends with it, as long as this process has no model classes.
 
     Raises:
-        RuntimeError: when the child ends without an answer; what the function raises is raised here.
+        ChildProcessError: when the child ends without an answer; what the function raises is raised here.
     """
-    if sys.platform != "linux" or "transformers.modeling_utils" in sys.modules:
-        return function(*arguments)
-    return in_a_child(function, *arguments)
+    light = sys.platform == "linux" and "transformers.modeling_utils" not in sys.modules
+    if light and not current_process().daemon:  # those may not have children
+        return in_a_child(function, *arguments)
+    return function(*arguments)
 
 
 def in_a_child(function: Callable[..., Result], *arguments: Any) -> Result:
-    """What a function returns in a forked process, which shares what is imported here and ends with it; see `apart`."""
+    """What a function returns in a forked process, which shares what is imported here and ends with it."""
     context = get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, os.getpid(), function, arguments), daemon=True)
     process.start()
     sender.close()
     try:
-        answer, error = receiver.recv()
+        answer, error, trace = receiver.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(
-            f"A process of the conversion ended with code {process.exitcode}; was there enough memory?"
-        ) from None
+        reason = "; was there enough memory?" if process.exitcode == -signal.SIGKILL else ""
+        raise ChildProcessError(f"a step of the conversion ended with code {process.exitcode}{reason}") from None
+    except KeyboardInterrupt:
+        process.kill()
+        process.join()
+        Console(stderr=True).show_cursor()  # which the child's bar had hidden
+        raise
     process.join()
     if error is not None:
-        raise error
+        raise error from ChildTrace(trace)
     return answer
+
+
+class ChildTrace(Exception):
+    """Where in a child its exception was raised, as text."""
+
+    def __str__(self) -> str:
+        return f"in a child:\n{self.args[0]}"
 
 
 def return_freed_memory() -> None:
@@ -104,13 +126,13 @@ def _answer(sender: Any, parent: int, function: Callable[..., Any], arguments: t
     if os.getppid() != parent:
         os._exit(1)
     _spare_memory(libc)
-    answers: list[tuple[Any, Exception | None]] = []
+    answers: list[tuple[Any, BaseException | None, str]] = []
 
     def run() -> None:
         try:
-            answers.append((function(*arguments), None))
-        except Exception as error:  # noqa: BLE001 -- raised again by the parent
-            answers.append((None, error))
+            answers.append((function(*arguments), None, ""))
+        except BaseException as error:  # noqa: BLE001 -- raised again by the parent
+            answers.append((None, _that_travels(error), format_exc()))
 
     # OpenMP's pool belongs to the thread that started it and is gone after a fork, where that thread would wait for it
     # forever. A new thread starts a pool of its own.
@@ -120,8 +142,16 @@ def _answer(sender: Any, parent: int, function: Callable[..., Any], arguments: t
         thread.join()
     except KeyboardInterrupt:
         os._exit(_INTERRUPTED)  # the parent was interrupted too, and says so
-    if answers:
-        sender.send(answers[0])
+    sender.send(answers[0])
+
+
+def _that_travels(error: BaseException) -> BaseException:
+    """An exception that comes through a pipe: itself, or if it cannot be packed or unpacked, one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 -- whatever its methods raise
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _spare_memory(libc: Any) -> None:

@@ -106,7 +106,8 @@ class Plan:
         layers: the sparse blocks by layer index.
         fresh: SHA-256 of the parts that no recipe makes.
         texts: other files that follow from the config, by name.
-        files: size and time of change (ns) of every file that is read.
+        files: size and time of change (ns) of the sources' files.
+        computed: bytes of each group of tensors that is computed from the sources' files before anything is written.
         facts: what the model card and the printed plan say.
     """
 
@@ -118,6 +119,7 @@ class Plan:
     fresh: str
     texts: Mapping[str, str]
     files: Mapping[str, tuple[int, int]]
+    computed: tuple[int, ...]
     facts: Mapping[str, Any]
 
     @property
@@ -132,20 +134,15 @@ class Plan:
 
     @property
     def largest_bytes(self) -> int:
-        """Bytes of the most weights that are in memory at once: one layer's block, or one tensor for the proof."""
+        """Bytes of the most weights in memory at once: one layer's block, one tensor for the proof, a group thrice.
+
+        The host stacks a group's tensors, then joins the stacks.
+        """
         sizes: dict[Any, int] = {}
         for output in (output for shard in self.shards for output in shard.outputs):
             place = output.layer if output.layer >= 0 else output.name
             sizes[place] = sizes.get(place, 0) + num_bytes(output.dtype, output.shape)
-        return max(sizes.values())
-
-    @property
-    def computed_bytes(self) -> int:
-        """Bytes of tensors that have to be computed from the source's first; known before they are, 0 after that."""
-        copied = (tensor for shard in self.shards for output in shard.outputs for tensor in output.stored)
-        read = (ffn for layer in self.layers.values() for ffn in layer.sources)
-        tensors = {*copied, *(tensor for ffn in read for tensor in (*ffn.weights, *ffn.biases))}
-        return sum(tensor.num_bytes for tensor in tensors if not tensor.path)
+        return max([*sizes.values(), *(3 * size for size in self.computed)])
 
 
 def fingerprint(path: str | Path) -> tuple[int, int]:
@@ -246,7 +243,7 @@ def write_shards(plan: Plan, workshop: Path, journal: Journal, advance: Callable
             with unfinished.open("wb", buffering=0) as file:
                 for data in _data(shard, maker):
                     checkpoint_of_progress("write")
-                    _write_all(file, data)
+                    write_all(file, data)
                     advance(len(data))
                     del data
                 _to_disk(file.fileno())
@@ -271,7 +268,8 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_all(file: Any, data: Any) -> None:
+def write_all(file: Any, data: Any) -> None:
+    """Write all bytes of a buffer to an unbuffered file."""
     view = memoryview(data)
     while view:
         # No more at a time than the processor's cache holds.

@@ -107,12 +107,12 @@ def upcycle(
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         sparse = model_class(config)
+    for each in models:
+        _check_ties(each, sparse)
     _take_over(sparse, models, options.get("rest", "average"), share=owned and len(models) == 1)
     start = RouterStart(router_init, router_options or {}, router_texts, tokenizer)
     _fill_blocks(sparse, models, chosen, options, router_std, seed, start)
     sparse.config.dtype = model.config.dtype
-    for each in models:
-        _check_ties(each, sparse)
     sparse.tie_weights()
     if model.can_generate():
         sparse.generation_config = copy.deepcopy(model.generation_config)
@@ -309,7 +309,7 @@ def _check_ties(dense: PreTrainedModel, sparse: STMoEPreTrainedModel) -> None:
     weights = dict(dense.named_parameters(remove_duplicate=False))
     for name, kept in sparse.all_tied_weights_keys.items():
         one, other = weights.get(name), weights.get(kept)
-        if one is None or other is None or one is other or one.device.type == "meta":
+        if one is None or other is None or one is other or "meta" in (one.device.type, other.device.type):
             continue
         if not torch.equal(one, other):
             raise ValueError(

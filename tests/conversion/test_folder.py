@@ -353,8 +353,8 @@ def interrupted(*args: Any, **kwargs: Any) -> None:
 
 
 FAILURES: dict[str, tuple[Any, str, Callable[..., Any], type[BaseException], str]] = {
-    "weights": (streaming, "_write_all", disk_full, OSError, "destination: the disk of .* is full; make room"),
-    "interrupt": (streaming, "_write_all", interrupted, KeyboardInterrupt, ""),
+    "weights": (streaming, "write_all", disk_full, OSError, "destination: the disk of .* is full; make room"),
+    "interrupt": (streaming, "write_all", interrupted, KeyboardInterrupt, ""),
     "tokenizer": (folder_module, "_copy_companions", disk_full, OSError, "destination: the disk of .* is full"),
     "card": (folder_module, "model_card", disk_full, OSError, "destination: the disk of .* is full"),
     "too little room": (

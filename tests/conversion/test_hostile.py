@@ -194,7 +194,7 @@ SINGLE: dict[str, tuple[Fault, str]] = {
     "tensor too many": (tensors(lambda t: t.update(extra=torch.ones(2))), "source: .*; unexpected keys: extra"),
     "tensor of another shape": (
         tensors(lambda t: t.update({"model.norm.weight": torch.ones(31)})),
-        r"source: 'model\.norm\.weight' in .* must have the shape that config\.json asks for, \[32\], got \[31\]",
+        r"source: 'model\.norm\.weight' of .* must have the shape that config\.json asks for, \[32\], got \[31\]",
     ),
     "quantised tensor": (
         tensors(lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.int8)})),

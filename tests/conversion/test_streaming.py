@@ -1,5 +1,6 @@
 """Streaming: the bytes of the way in memory, one layer at a time, and the same bytes after any number of kills."""
 
+import errno
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from st_moe import locate_ffns, upcycle
 from st_moe.conversion import folder as folder_module
 from st_moe.conversion import from_disk, streaming, upcycle_checkpoint
 from st_moe.conversion import plan as plan_module
+from st_moe.conversion import stored as stored_module
 from st_moe.conversion.card import plan_table
 from st_moe.conversion.folder import plan_checkpoint
 from st_moe.conversion.from_disk import prove_folder
@@ -174,26 +176,99 @@ def test_tensors_that_files_hold_otherwise_are_computed_first(family: str, tmp_p
     fields = {"recipe": "noise", "sparse_layers": [ffn.layer for ffn in locate_ffns(dense) if ffn.storage != "none"]}
     plan = plan_checkpoint(tmp_path / "dense", num_experts=4, max_shard_size="40KB", **fields)  # type: ignore[arg-type]
     stored = {name for path in (tmp_path / "dense").glob("*.safetensors") for name in read_header(path)}
-    assert plan.computed_bytes > 0
+    assert sum(plan.computed) > 0
+    assert plan.largest_bytes >= 3 * max(plan.computed)
     assert not dense.state_dict().keys() <= stored
     assert_same_as_in_memory(tmp_path / "dense", tmp_path, **fields)
     assert plan.num_bytes == sum(path.stat().st_size for path in (tmp_path / "disk").glob("*.safetensors"))
     assert not (tmp_path / "disk.partial").exists()
 
 
-@pytest.mark.parametrize("error", ["No space left on device (os error 28)", "Input/output error (os error 5)"])
-def test_a_full_disk_while_tensors_are_computed(error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_tensors_are_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense_model("hrm_text").save_pretrained(tmp_path / "dense")
 
     def full(*arguments: Any) -> None:
-        raise SafetensorError(error)
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(plan_module, "load_dense", full)
-        with pytest.raises(OSError, match="is full; make room and run" if "28" in error else "Input/output error"):
+        patch.setattr(stored_module, "write_all", full)
+        with pytest.raises(OSError, match=r"destination: the disk of .* is full; make room and run"):
+            convert(tmp_path / "dense", tmp_path / "moe")
+        assert [path.name for path in (tmp_path / "moe.partial").iterdir()] == ["fresh"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))  # type: ignore[attr-defined]
+        with pytest.raises(OSError, match=r"bytes are to be computed first, but the disk of .* has 9 free"):
             convert(tmp_path / "dense", tmp_path / "moe")
     assert not (tmp_path / "moe").exists()
     convert(tmp_path / "dense", tmp_path / "moe")
+
+
+def test_a_full_disk_during_the_proof(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(from_disk, "outputs_of", full)
+        with pytest.raises(OSError, match=r"destination: the disk of .* is full; make room and run"):
+            convert(stock, tmp_path / "moe", verify=True)
+    convert(stock, tmp_path / "moe", verify=True)
+
+
+@pytest.mark.parametrize("fault", ["missing", "fused missing", "shape", "quantised", "one too many"])
+def test_faults_of_tensors_that_are_computed_show_in_the_plan(fault: str, tmp_path: Path) -> None:
+    dense_model("hrm_text").save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(path)
+    name, plain = "model.H_module.layers.0.mlp.gate_up_proj.weight", "model.H_module.layers.0.mlp.down_proj.weight"
+    if fault == "shape":
+        tensors[name] = tensors[name][:-3].clone()
+    elif fault == "quantised":
+        tensors[name] = tensors[name].to(torch.int8)
+    elif fault == "one too many":
+        tensors["model.H_module.layers.77.mlp.gate_up_proj.weight"] = tensors[name].clone()
+    else:
+        del tensors[plain if fault == "missing" else name]
+    save_file(tensors, path, {"format": "pt"})
+    message = {
+        "missing": "missing keys: .*down_proj",
+        "fused missing": "missing keys: .*gate_proj",
+        "shape": "source: .* (must have the shape|cannot be made of)",
+        "quantised": rf"must not be quantised, but '{name}' in .* is stored as I8",
+        "one too many": "unexpected keys: .*layers.77",
+    }[fault]
+    with pytest.raises(ValueError, match=message) as plan:
+        plan_checkpoint(tmp_path / "dense", num_experts=3, recipe="noise", max_shard_size="60KB")
+    with pytest.raises(ValueError, match=message) as run:
+        convert(tmp_path / "dense", tmp_path / "moe")
+    assert str(plan.value) == str(run.value)
+    assert [each.name for each in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", ["hrm_text", "deepseek_v3"])
+def test_computed_tensors_keep_the_dtype_of_the_files(family: str, kept: torch.dtype, tmp_path: Path) -> None:
+    """Whatever the config says."""
+    dense = dense_of(family)
+    dense.to(kept).save_pretrained(tmp_path / "dense")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = "float32" if kept == torch.bfloat16 else "bfloat16"
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    sparse = [ffn.layer for ffn in locate_ffns(dense) if ffn.storage != "none"]
+    convert(tmp_path / "dense", tmp_path / "moe", sparse_layers=sparse)
+    before = {tensor.dtype for tensor in read_header(tmp_path / "dense" / "model.safetensors").values()}
+    written = [each for path in (tmp_path / "moe").glob("*.safetensors") for each in read_header(path).values()]
+    assert {tensor.dtype for tensor in written} == before
+
+
+def test_a_source_that_changes_while_tensors_are_computed(
+    tmp_path: Path, stop_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = tmp_path / "dense"
+    dense_model("hrm_text").save_pretrained(dense)
+    stop_at(2, lambda: os.utime(dense / "model.safetensors", ns=(1, 1)))
+    with pytest.raises(ValueError, match=r"source: .* has changed while it was read; run the command again"):
+        convert(dense, tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
 
 
 def test_one_tensor_under_two_names_is_refused(stock: Path, tmp_path: Path) -> None:
@@ -201,7 +276,7 @@ def test_one_tensor_under_two_names_is_refused(stock: Path, tmp_path: Path) -> N
     path = tmp_path / "dense" / "model.safetensors"
     tensors = load_file(path)
     save_file(tensors | {"ln_f.weight": tensors["transformer.ln_f.weight"].clone()}, path, {"format": "pt"})
-    message = r"source: a tensor must be stored once, but .transformer\.ln_f\.weight. and .ln_f\.weight. in"
+    message = r"source: a tensor must be stored once, but .ln_f\.weight. and .transformer\.ln_f\.weight. in"
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "dense", tmp_path / "moe")
 
@@ -235,7 +310,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None
             if len(events) == number:
                 action()
 
-        for module in (streaming, folder_module, from_disk):
+        for module in (streaming, folder_module, from_disk, stored_module):
             monkeypatch.setattr(module, "checkpoint_of_progress", step)
         return events
 
@@ -578,14 +653,15 @@ def test_other_routers_are_another_plan(stock: Path, tmp_path: Path, stop_at: An
 # ------------------------------------------------------------------------------------------------ leftovers
 
 
-def test_a_kill_after_tensors_were_computed_is_gone_on_from(tmp_path: Path, stop_at: Any) -> None:
+def test_a_kill_while_or_after_tensors_are_computed_is_gone_on_from(tmp_path: Path, stop_at: Any) -> None:
     dense = tmp_path / "dense"
     dense_model("hrm_text").save_pretrained(dense)
     events = stop_at(0, lambda: None)
     convert(dense, tmp_path / "straight")
-    for number in random.Random(0).sample(range(2, len(events)), 5):
+    last = len(events) - events[::-1].index("compute")
+    assert last > 5
+    for number in (last // 2, last, *random.Random(0).sample(range(last + 1, len(events)), 4)):
         assert killed(dense, tmp_path / str(number), stop_at, number)
-        assert list((tmp_path / f"{number}.partial" / "computed").rglob("*.safetensors"))
         stop_at(0, lambda: None)
         convert(dense, tmp_path / str(number))
         assert contents(tmp_path / str(number)) == contents(tmp_path / "straight")
