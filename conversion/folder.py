@@ -107,7 +107,7 @@ def upcycle_checkpoint(
     Raises:
         ValueError: when an argument or the source is at fault, or the difference is larger than `require_identity`;
             the destination is untouched then.
-        OSError: when the disk is full; calling again goes on.
+        OSError: when the disk is full, or a step is killed, as for want of memory; calling again goes on.
         RuntimeError: when the mixture should compute the dense function and does not.
     """
     target = Path(destination).resolve()
@@ -121,24 +121,26 @@ def upcycle_checkpoint(
         raise ValueError("proof_text: needs verify=True, got verify=False")
     if bundle_code:
         _check_code(sources[0], mixture_fields)
-    options: dict[str, Any] = {
-        "recipe": recipe,
-        "recipe_options": recipe_options or {},
-        "router_std": router_std,
-        "router_init": router_init,
-        "router_options": router_options,
-        "router_texts": router_texts,
-        "tokenizer": tokenizer,
-        "seed": seed,
-    }
     with only_run(target), _explaining_a_full_disk(workshop):
         _tidy(workshop, target)
         for one in sources:
             _check_destination(target, one, overwrite)
         plan = plan_checkpoint(
-            sources, workshop / "fresh", max_shard_size=max_shard_size, verify=verify, proof_text=proof_text,
-            **options, **mixture_fields
-        )  # fmt: skip
+            sources,
+            workshop / "fresh",
+            recipe=recipe,
+            recipe_options=recipe_options,
+            router_std=router_std,
+            router_init=router_init,
+            router_options=router_options,
+            router_texts=router_texts,
+            tokenizer=tokenizer,
+            seed=seed,
+            max_shard_size=max_shard_size,
+            verify=verify,
+            proof_text=proof_text,
+            **mixture_fields,
+        )
         workshop.mkdir(parents=True, exist_ok=True)
         journal = Journal(workshop, plan.digest + (" with code" if bundle_code else ""))
         _check_room(plan, workshop, journal)

@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import logging
 
 from st_moe.configuration import STMoEConfig
 from st_moe.configuration.configuration_st_moe import installed_version
@@ -29,6 +30,8 @@ from st_moe.conversion.native_targets import TARGETS, Family, NativeTarget, Rows
 from st_moe.conversion.proof import IdentityProof, Outputs, compared, outputs_of, prove_identity
 from st_moe.conversion.upcycle import load_dense
 from st_moe.modeling import STMoEForCausalLM
+
+logger = logging.get_logger(__name__)
 
 #: Largest relative logit difference between a mixture and its native form, both in float32.
 TOLERANCE = 1e-5
@@ -102,7 +105,9 @@ def export_native(
         f"{row.name} checkpoint, written from a mixture of {config.dense_model_type} by st_moe {installed_version()} "
         f"and transformers {transformers.__version__}. Transformers and serving engines load it without st_moe."
     )
-    return cast(IdentityProof, write_folder(native, place, source, card, check))
+    proof = cast(IdentityProof, write_folder(native, place, source, card, check))
+    _tell_how_it_is_served(row, config)
+    return proof
 
 
 def import_native(source: PreTrainedModel | str | Path, family: str | None = None) -> STMoEForCausalLM:
@@ -210,6 +215,25 @@ def _family_faults(row: NativeTarget, config: STMoEConfig) -> list[str]:
     faults += [f"it needs {c.words}" for c in family.conditions if not c.holds(config)]
     faults += _unplaced(config.dense_config(), known)
     return [fault for fault in faults if fault]
+
+
+def served_otherwise(row: NativeTarget, config: STMoEConfig) -> list[str]:
+    """What llama.cpp would need of a mixture without faults to compute its logits, and does not say."""
+    family = next(family for family in row.families if family.name == config.dense_model_type)
+    native = _native_config(row, family, config)
+    return [condition.words for condition in row.served if not condition.holds(native)]
+
+
+def _tell_how_it_is_served(row: NativeTarget, config: STMoEConfig) -> None:
+    needs = served_otherwise(row, config)
+    if not needs:
+        return
+    able = [other for other in _available() if other is not row and not export_faults(other, config)]
+    names = " or ".join(repr(other.name) for other in able if not served_otherwise(other, config))
+    logger.warning(
+        f"{row.name}: llama.cpp computes other logits of this checkpoint than Transformers, without a word, for it "
+        f"needs {' and '.join(needs)} here{f'; take {names} for it' if names else ''}."
+    )
 
 
 def _must(name: str, rule: Any, value: Any) -> str:

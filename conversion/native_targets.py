@@ -109,6 +109,8 @@ class NativeTarget:
         shared: how it holds shared experts; None when it has none.
         extra: fields of the dense config that it reads without declaring them.
         conditions: of the native config, when it is read.
+        served: what must hold of the native config, or llama.cpp computes other logits without a word; told when it is
+            written. Measured by `python -m benchmarks.serving`.
         families: the dense families that it holds; a native checkpoint becomes the first one that fits, and a mixture
             is written by the first row of its family.
     """
@@ -129,6 +131,7 @@ class NativeTarget:
     shared: SharedExperts | None = None
     extra: tuple[str, ...] = ()
     conditions: tuple[Condition, ...] = ()
+    served: tuple[Condition, ...] = ()
 
     @property
     def family_names(self) -> tuple[str, ...]:
@@ -362,6 +365,18 @@ def _glm_families(**native: Any) -> tuple[Family, ...]:
     )
 
 
+def _no_window(config: Any) -> bool:
+    types = getattr(config, "layer_types", None)
+    return "sliding_attention" not in types if types else getattr(config, "sliding_window", None) is None
+
+
+_SERVED_WITHOUT_WINDOW = Condition("attention without a sliding window", _no_window)
+_SERVED_NORMALISED = Condition("norm_topk_prob=True", lambda config: config.norm_topk_prob)
+_SERVED_AS_CHOSEN = Condition("norm_topk_prob=False", lambda config: not config.norm_topk_prob)
+_SERVED_UNSCALED = Condition(
+    "a rope_type other than 'llama3'", lambda config: (config.rope_parameters or {}).get("rope_type") != "llama3"
+)
+
 TARGETS: tuple[NativeTarget, ...] = (
     NativeTarget(
         "mixtral",
@@ -370,6 +385,7 @@ TARGETS: tuple[NativeTarget, ...] = (
         _llama_like({"attention_bias": False}, windows=True),
         ours=_NORMALISED,
         width="intermediate_size",
+        served=(_SERVED_WITHOUT_WINDOW,),
     ),
     NativeTarget(
         "qwen2_moe",
@@ -411,6 +427,7 @@ TARGETS: tuple[NativeTarget, ...] = (
         ),
         layers=_BY_LIST,
         shared=_SHARED_QWEN,
+        served=(_SERVED_AS_CHOSEN, _SERVED_WITHOUT_WINDOW),
     ),
     NativeTarget(
         "qwen3_moe",
@@ -419,6 +436,7 @@ TARGETS: tuple[NativeTarget, ...] = (
         (Family("qwen3", _QWEN2, unread=_WINDOW_FIELDS, conditions=(_NO_WINDOW,)),),
         layers=_BY_LIST,
         extra=("head_dim",),
+        served=(_SERVED_NORMALISED,),
     ),
     NativeTarget(
         "qwen3_5_moe_text",
@@ -550,6 +568,7 @@ TARGETS: tuple[NativeTarget, ...] = (
             ),
         ),
         written={"num_mtp_layers": 0},
+        served=(_SERVED_UNSCALED,),
         layers=_BY_FIRST,
         shared=_SHARED_COUNTED,
         extra=("head_dim",),

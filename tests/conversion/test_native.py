@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from benchmarks import serving
 from st_moe import STMoEForCausalLM, STMoEForSequenceClassification, cli, upcycle
 from st_moe.conversion import (
     export_dense,
@@ -358,6 +359,33 @@ def test_engines_find_the_fields_that_transformers_does_not_read(
     config = json.loads((tmp_path / "native" / "config.json").read_text())
     assert {name: config.get(name) for name in written} == written
     assert import_native(tmp_path / "native").config.num_experts_per_tok == 2
+
+
+def test_what_llama_cpp_computes_otherwise_is_told_and_nothing_else() -> None:
+    """Against every row of the measured table."""
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if " yes |" in line]
+    measured = {tuple(row[:3]): float(row[5]) for row in rows if len(row) == 9 and row[5]}
+    told = {}
+    for case in serving.cases([row.name for row in TARGETS]):
+        if tuple(case) in measured:
+            config = serving.mixture_of(case).config
+            told[tuple(case)] = bool(native.served_otherwise(row_of(case.target), config))
+    assert told == {case: difference > serving.TOLERANCE for case, difference in measured.items()}
+    assert 10 < sum(told.values()) < len(told) - 60
+
+
+def test_a_caution_names_what_llama_cpp_needs_and_another_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native.logger, "propagate", True)
+    model = mixture_for("qwen2_moe", "llama")
+    export_native(model, "qwen2_moe", tmp_path / "cautioned")
+    message = "qwen2_moe: llama.cpp computes other logits of this checkpoint than Transformers, without a word, for it "
+    assert message + "needs norm_topk_prob=False here; take 'mixtral' or 'granitemoe'" in caplog.text
+    caplog.clear()
+    export_native(model, "mixtral", tmp_path / "plain")
+    assert "llama.cpp" not in caplog.text
 
 
 @pytest.mark.parametrize("gate", [None, 0.0], ids=["as it is written", "as it once was"])
