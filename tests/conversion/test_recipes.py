@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.quality import recipes as quality
 from st_moe import STMoEConfig, STMoEForCausalLM, locate_ffns, prove_identity, upcycle
 from st_moe.conversion import RECIPES, FFNTensors
 from st_moe.conversion.partition import PARTITIONS, balanced_kmeans
@@ -657,3 +658,21 @@ def test_an_identity_that_is_required_is_checked() -> None:
         upcycle(dense, num_experts=4, require_identity=-1.0)
     proof = upcycle(dense, num_experts=4, proof_inputs=token_ids(3, 5)).identity_proof
     assert proof.num_tokens == 15
+
+
+# ------------------------------------------------------------------------------------------------ the guide's figures
+
+
+def test_the_guides_figures_start_where_the_recipes_say() -> None:
+    blocks = torch.randint(0, quality.VOCAB, (4, quality.LENGTH), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    dense = quality.dense_model()
+    quality.train(dense, blocks, 3, seed=1)
+    before = quality.held_out_loss(dense, blocks)
+    for case in quality.CASES:
+        start, end, active = quality.measure(dense, case, blocks, blocks, 1, seed=0)
+        exact = case.recipe in ("copy", "granular") or (case.recipe == "shared" and "routed" not in case.options)
+        assert (abs(start - before) < 1e-5) == exact, case
+        assert end < start, case
+        assert (active < dense.num_parameters()) == (case.recipe == "split" or "routed" in case.options)
+    assert quality.held_out_loss(dense, blocks) == before, "the dense model is left as it is"
