@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from st_moe.conversion import processes, upcycle_checkpoint
-from st_moe.conversion.from_disk import GivingBack
-from tests.families import dense_model, tiny_tokenizer
+from st_moe.conversion.giving_back import GivingBack
+from tests.conversion.conftest import contents
 
 #: A process in which no model classes are imported, as that of `st-moe upcycle` is.
 LIGHT = """
@@ -25,19 +25,6 @@ from st_moe.conversion.folder import upcycle_checkpoint
 upcycle_checkpoint(sys.argv[1], sys.argv[2], num_experts=3, recipe="noise", max_shard_size="60KB")
 assert "transformers.modeling_utils" not in sys.modules
 """
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense checkpoint of three layers in many small shards, with a tokenizer."""
-    folder = tmp_path_factory.mktemp("stock") / "dense"
-    dense_model("llama", num_hidden_layers=3).save_pretrained(folder, max_shard_size="20KB")
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ from st_moe.conversion.folder import plan_checkpoint
 from st_moe.conversion.from_disk import prove_folder
 from st_moe.conversion.proof import PROOF_TEXT, IdentityProof, prove_identity
 from st_moe.conversion.tensor_files import header_of, read_header, read_into
+from tests.conversion.conftest import contents
 from tests.families import FAMILIES, dense_model, perturb, tiny_tokenizer
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -48,19 +49,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     "selection bias": {"router_type": "sigmoid_top_k"},
     "noisy router": {"router_type": "noisy_top_k"},
 }
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense checkpoint of three layers in many small shards, with a tokenizer."""
-    folder = tmp_path_factory.mktemp("stock") / "dense"
-    dense_model("llama", num_hidden_layers=3).save_pretrained(folder, max_shard_size="20KB")
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def assert_same_as_in_memory(dense: Path, tmp_path: Path, shard: str = "40KB", **fields: Any) -> None:
