@@ -164,6 +164,8 @@ on_new_family(_make_family)
 
 def __getattr__(name: str) -> Family:
     """Resolve `<dense_model_type>` so that classes made here pickle; the family is made on demand."""
+    if name.startswith("_"):  # as every import asks for `__path__`; to know the families takes their configs' import
+        raise AttributeError(f"module {sys.modules[__name__].__name__!r} has no attribute {name!r}")
     try:
         return family_of(name)
     except ValueError:
