@@ -20,7 +20,8 @@ from st_moe.configuration import ROUTER_TYPES, STMoEConfig, check_own_code
 from st_moe.conversion.card import faults_of, model_card
 from st_moe.conversion.checkpoint import check_checkpoint, dense_config
 from st_moe.conversion.processes import in_a_child_if_light, only_run
-from st_moe.conversion.streaming import Journal, Plan, checkpoint_of_progress, sync_folder, write_shards
+from st_moe.conversion.streaming import Journal, Plan, write_shards
+from st_moe.conversion.writing import checkpoint_of_progress, sync_folder
 
 if TYPE_CHECKING:
     # Model classes would take more memory than the conversion itself.

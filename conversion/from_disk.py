@@ -21,8 +21,8 @@ from transformers.utils import logging
 from st_moe import modeling
 from st_moe.conversion.giving_back import GivingBack
 from st_moe.conversion.proof import IdentityProof, compared, inputs_of, outputs_of, proof_tokens
-from st_moe.conversion.streaming import checkpoint_of_progress
 from st_moe.conversion.upcycle import load_dense
+from st_moe.conversion.writing import checkpoint_of_progress
 
 logger = logging.get_logger(__name__)
 

@@ -27,7 +27,7 @@ from st_moe.conversion.checkpoint import CONFIG_FAULTS, checkpoint_tensors, dens
 from st_moe.conversion.from_disk import run_from_disk
 from st_moe.conversion.merge import check_compatible
 from st_moe.conversion.proof import inputs_of, proof_tokens
-from st_moe.conversion.recipes import FFNTensors, LayerTensors, try_recipe
+from st_moe.conversion.recipes import ExpertTensors, FFNTensors, LayerTensors, try_recipe
 from st_moe.conversion.router_init import RouterInputs, RouterStart, check_rows, inputs_of_ffns, start_router
 from st_moe.conversion.stored import Computed, compute, first_float, stored_by_name
 from st_moe.conversion.streaming import Output, Plan, Shard, SparseLayer, StoredFFN, fingerprint
@@ -258,7 +258,7 @@ def _facts(models: Models, options: Mapping[str, Any]) -> dict[str, Any]:
         "choices": choices,
         "sparse_layers": len(config.sparse_layer_indices),
         "layers": config.num_hidden_layers,
-        "total": config.num_parameters(),
+        "total": models.sparse.num_parameters(),
         "active": config.num_parameters(active=True),
         "exact": models.recipe.keeps_function(options, config),
     }
@@ -293,7 +293,7 @@ def _projections(dense: nn.Module, ffn: FFNLocation) -> list[str]:
 
 def _no_experts(*args: Any, **options: Any) -> LayerTensors:
     """Stands in for a recipe's function, while all else of a block is made."""
-    return LayerTensors(FFNTensors(None, None))  # type: ignore[arg-type]
+    return LayerTensors(ExpertTensors(None, None))  # type: ignore[arg-type]
 
 
 def _write_fresh(

@@ -27,7 +27,7 @@ _PIECE = 2**18
 
 
 class FFNTensors(NamedTuple):
-    """Weights of one dense FFN, or with a leading E of all experts of a layer.
+    """Weights of one dense FFN.
 
     Attributes:
         w_in: [P * I, H].
@@ -42,16 +42,61 @@ class FFNTensors(NamedTuple):
     b_out: Tensor | None = None
 
 
+class Pieces(Sequence[Tensor]):
+    """One parameter of all experts, of which each expert's is made when it is asked for: one at a time takes memory.
+
+    Args:
+        make: gives an expert's, in memory of its own, and always the same.
+        like: the dense parameter, whose shape, dtype and device each has.
+        count: E.
+    """
+
+    def __init__(self, make: Callable[[int], Tensor], like: Tensor, count: int) -> None:
+        self._make, self._like = make, like
+        self.shape, self.dtype = torch.Size((count, *like.shape)), like.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._make(index)
+
+    def stacked(self) -> Tensor:
+        """All of them, [E, ...]."""
+        whole = self._like.new_empty(self.shape)
+        for place, piece in zip(whole, self, strict=True):
+            place.copy_(piece)
+        return whole
+
+
+class ExpertTensors(NamedTuple):
+    """Weights of all experts of a layer, each with a leading E: made, or made when they are asked for.
+
+    Attributes:
+        w_in: [E, P * I, H].
+        w_out: [E, H, I].
+        b_in: [E, P * I] or None.
+        b_out: [E, H] or None.
+    """
+
+    w_in: Tensor | Pieces
+    w_out: Tensor | Pieces
+    b_in: Tensor | None = None
+    b_out: Tensor | None = None
+
+
 class LayerTensors(NamedTuple):
     """What a recipe makes of one layer.
 
     Attributes:
-        experts: weights of all E experts, each with a leading E; experts that are equal may share memory.
+        experts: weights of all E experts; experts that are equal may share memory.
         shared: weights of the FFN that every token passes, without a leading E; None where the config has none, or
             where it should start as one that adds nothing.
     """
 
-    experts: FFNTensors
+    experts: ExpertTensors
     shared: FFNTensors | None = None
 
 
@@ -89,13 +134,14 @@ def noise(
         ValueError: when scale is negative or not finite, or fraction outside [0, 1].
     """
     scale, fraction = _checked("scale", scale), _checked("fraction", fraction)
-    experts = copies(sources[0], num_experts)
-    for weight in experts[:2]:
-        for piece in weight.flatten().split(_PIECE):
-            draw = torch.randn(piece.shape, generator=generator).mul_(scale)
-            draw.mul_(torch.rand(piece.shape, generator=generator) < fraction)
+
+    def add(weight: Tensor, of_expert: torch.Generator, of_weight: torch.Generator) -> None:
+        for piece in weight.view(-1).split(_PIECE):
+            draw = torch.randn(piece.shape, generator=of_weight).mul_(scale)
+            draw.mul_(torch.rand(piece.shape, generator=of_weight) < fraction)
             piece += draw.to(piece)
-    return LayerTensors(experts)
+
+    return LayerTensors(_varied(sources[0], num_experts, generator, add, add))
 
 
 def drop(
@@ -117,28 +163,29 @@ def drop(
         ValueError: when ratio is outside [0, 1].
     """
     ratio, shared_set = _checked("ratio", ratio), _checked("shared_set", shared_set)
-    experts = copies(sources[0], num_experts)
     width = _width(sources[0])
     count = int(ratio * width)
     if count == 0:
-        return LayerTensors(experts)
+        return LayerTensors(_views(sources[0], num_experts))
 
-    def drawn() -> Tensor:
-        return torch.randperm(width, generator=generator)[:count].to(experts.w_in.device)
+    def redraws(matrices: Sequence[Tensor], axis: int) -> Callable[[Tensor, torch.Generator, torch.Generator], None]:
+        moments = [_moments(matrix, axis) for matrix in matrices]
 
-    for w_in, w_out in zip(experts.w_in, experts.w_out, strict=True):
-        neurons = drawn()
-        for number, matrix in enumerate((*w_in.split(width), w_out.t())):
-            neurons = neurons if shared_set or number == 0 else drawn()
-            pieces = neurons.split(max(1, _PIECE // matrix.shape[1]))
-            size = len(neurons) * matrix.shape[1]
-            mean = torch.stack([matrix[rows].double().sum() for rows in pieces]).sum() / size
-            spread = torch.stack([(matrix[rows].double() - mean).square().sum() for rows in pieces]).sum()
-            std = (spread / max(1, size - 1)).sqrt()
-            for rows in pieces:
-                draw = torch.randn(len(rows), matrix.shape[1], generator=generator).to(matrix.device)
-                matrix[rows] = draw.mul_(std).add_(mean).to(matrix)
-    return LayerTensors(experts)
+        def redraw(weight: Tensor, of_expert: torch.Generator, of_weight: torch.Generator) -> None:
+            parts = weight.split(width) if axis == 0 else (weight,)
+            if shared_set:
+                sets = [torch.randperm(width, generator=of_expert)[:count]] * len(parts)
+            else:
+                sets = [torch.randperm(width, generator=of_weight)[:count] for _ in parts]
+            for part, neurons, (means, variances) in zip(parts, sets, moments, strict=True):
+                mean, std = _mean_and_std(means[neurons], variances[neurons], part.shape[1 - axis])
+                _draw_anew(part, axis, neurons, mean, std, of_weight)
+
+        return redraw
+
+    w_in, w_out = sources[0].w_in, sources[0].w_out
+    changes = redraws(w_in.split(width), axis=0), redraws([w_out], axis=1)
+    return LayerTensors(_varied(sources[0], num_experts, generator, *changes))
 
 
 def split(
@@ -413,26 +460,74 @@ def try_recipe(name: str, options: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def _views(ffn: FFNTensors, count: int) -> FFNTensors:
+def _views(ffn: FFNTensors, count: int) -> ExpertTensors:
     """An FFN seen that many times, stacked, in one FFN's memory; not to be written to."""
     return _each(ffn, lambda tensor: tensor.expand(count, *tensor.shape))
 
 
-def copies(ffn: FFNTensors, count: int) -> FFNTensors:
-    """That many copies of an FFN, stacked, each with memory of its own."""
-    return _each(ffn, lambda tensor: tensor.unsqueeze(0).repeat(count, *(1,) * tensor.ndim))
+def _each(ffn: FFNTensors | ExpertTensors, function: Callable[[Any], Tensor]) -> ExpertTensors:
+    """Experts that a function makes of each tensor that there is."""
+    return ExpertTensors(*(None if tensor is None else function(tensor) for tensor in ffn))  # type: ignore[arg-type]
 
 
-def _each(ffn: FFNTensors, function: Callable[[Tensor], Tensor]) -> FFNTensors:
-    """An FFN with a function applied to the tensors that it has."""
-    return FFNTensors(*(None if tensor is None else function(tensor) for tensor in ffn))  # type: ignore[arg-type]
+#: Changes a weight in place, given its expert's generator, in the same state for each weight, and one of its own.
+_Change = Callable[[Tensor, torch.Generator, torch.Generator], None]
 
 
-def _put(experts: FFNTensors, which: slice, ffn: FFNTensors) -> None:
+def _varied(
+    ffn: FFNTensors, num_experts: int, generator: torch.Generator, in_change: _Change, out_change: _Change
+) -> ExpertTensors:
+    """Copies of an FFN whose weights are changed when they are asked for."""
+    seeds = torch.randint(2**62, (num_experts, 3), generator=generator).tolist()
+
+    def pieces(weight: Tensor, change: _Change, own: int) -> Pieces:
+        def make(expert: int) -> Tensor:
+            varied = weight.clone(memory_format=torch.contiguous_format)
+            change(varied, *(torch.Generator().manual_seed(seeds[expert][place]) for place in (0, own)))
+            return varied
+
+        return Pieces(make, weight, num_experts)
+
+    w_in, w_out, b_in, b_out = ffn
+    biases = (None if bias is None else bias.expand(num_experts, -1) for bias in (b_in, b_out))
+    return ExpertTensors(pieces(w_in, in_change, 1), pieces(w_out, out_change, 2), *biases)
+
+
+def _moments(matrix: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each neuron's weights, float64 [I], of a matrix with the neurons along an axis."""
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    means, variances = [], []
+    for block in matrix.split(max(1, _PIECE // matrix.shape[1 - axis]), dim=axis):
+        mean = block.to(wide).mean(1 - axis, keepdim=True)
+        means.append(mean.flatten().double().cpu())
+        variances.append((block.to(wide) - mean).square_().mean(1 - axis).double().cpu())
+    return torch.cat(means), torch.cat(variances)
+
+
+def _mean_and_std(means: Tensor, variances: Tensor, each: int) -> tuple[float, float]:
+    """Mean and (unbiased) standard deviation of all weights of some neurons, of which each has so many."""
+    mean = means.mean()
+    spread = (variances + (means - mean).square()).sum() * each  # the law of total variance
+    return mean.item(), (spread / max(1, len(means) * each - 1)).sqrt().item()
+
+
+def _draw_anew(matrix: Tensor, axis: int, neurons: Tensor, mean: float, std: float, generator: torch.Generator) -> None:
+    """Draw the weights of some neurons, which lie along an axis, from a normal distribution."""
+    if axis == 0:
+        blocks = [(matrix, chosen) for chosen in neurons.split(max(1, _PIECE // matrix.shape[1]))]
+    else:
+        blocks = [(rows, neurons) for rows in matrix.split(max(1, _PIECE // len(neurons)))]
+    for block, chosen in blocks:
+        shape = (len(chosen), block.shape[1]) if axis == 0 else (len(block), len(chosen))
+        draw = torch.randn(shape, generator=generator).mul_(std).add_(mean)
+        block.index_copy_(axis, chosen.to(block.device), draw.to(block))
+
+
+def _put(experts: ExpertTensors, which: slice, ffn: FFNTensors) -> None:
     """Make some of the experts copies of an FFN."""
     for whole, tensor in zip(experts, ffn, strict=True):
         if whole is not None and tensor is not None:
-            whole[which] = tensor
+            whole[which] = tensor  # type: ignore[index]
 
 
 def _width(ffn: FFNTensors) -> int:
@@ -449,15 +544,15 @@ def _take(ffn: FFNTensors, neurons: Tensor) -> FFNTensors:
     return FFNTensors(w_in, ffn.w_out[:, neurons], b_in, ffn.b_out)  # type: ignore[arg-type]
 
 
-def _shards(ffn: FFNTensors, sets: Tensor, factor: float, bias_factor: float = 1.0) -> FFNTensors:
+def _shards(ffn: FFNTensors, sets: Tensor, factor: float, bias_factor: float = 1.0) -> ExpertTensors:
     """An expert for each set of neurons [n, width], the out-projection and its bias multiplied by the factors."""
     shards = [_take(ffn, neurons) for neurons in sets]
     w_in = torch.stack([shard.w_in for shard in shards])
     w_out = torch.stack([shard.w_out for shard in shards]) * factor
     if ffn.b_in is None or ffn.b_out is None:
-        return FFNTensors(w_in, w_out)
+        return ExpertTensors(w_in, w_out)
     b_in = torch.stack([shard.b_in for shard in shards])  # type: ignore[misc]
-    return FFNTensors(w_in, w_out, b_in, (ffn.b_out * bias_factor).repeat(len(sets), 1))
+    return ExpertTensors(w_in, w_out, b_in, (ffn.b_out * bias_factor).repeat(len(sets), 1))
 
 
 def _parts(ffn: FFNTensors, parts: int, partition: str, generator: torch.Generator) -> Tensor:

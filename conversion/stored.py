@@ -22,9 +22,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from st_moe.conversion.processes import return_freed_memory
-from st_moe.conversion.streaming import checkpoint_of_progress, write_all
 from st_moe.conversion.tensor_files import DTYPES, NAMES, StoredTensor, bytes_of, chunks_of, read_into
 from st_moe.conversion.upcycle import shown
+from st_moe.conversion.writing import checkpoint_of_progress, write_all
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from st_moe.conversion.processes import return_freed_memory
-from st_moe.conversion.recipes import RECIPES, FFNTensors, LayerTensors
+from st_moe.conversion.recipes import RECIPES, FFNTensors, LayerTensors, Pieces
 from st_moe.conversion.tensor_files import (
     DTYPES,
     StoredTensor,
@@ -30,6 +30,7 @@ from st_moe.conversion.tensor_files import (
     num_bytes,
     read_into,
 )
+from st_moe.conversion.writing import WriteBehind, checkpoint_of_progress, sync_folder, to_disk
 
 logger = logging.get_logger(__name__)
 
@@ -195,7 +196,7 @@ class Journal:
         fresh = self.path.with_suffix(".new")
         with fresh.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
-            _to_disk(file.fileno())
+            to_disk(file.fileno())
         fresh.rename(self.path)
 
     def add(self, shard: str, size: int, non_finite: Mapping[str, int]) -> None:
@@ -206,16 +207,7 @@ class Journal:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
-            _to_disk(file.fileno())
-
-
-def checkpoint_of_progress(event: str) -> None:
-    """Called before every step that changes the disk; tests stop a run here."""
-
-
-def _to_disk(descriptor: int) -> None:
-    checkpoint_of_progress("sync")
-    os.fsync(descriptor)
+            to_disk(file.fileno())
 
 
 def write_shards(plan: Plan, workshop: Path, journal: Journal, advance: Callable[[int], None]) -> None:
@@ -240,13 +232,13 @@ def write_shards(plan: Plan, workshop: Path, journal: Journal, advance: Callable
         maker.non_finite = {}
         unfinished = path.with_name(f"{shard.name}.unfinished")
         try:
-            with unfinished.open("wb", buffering=0) as file:
-                for data in _data(shard, maker):
+            with unfinished.open("wb", buffering=0) as file, WriteBehind(file) as behind:
+                for data in _data(shard, maker, behind.wait):
                     checkpoint_of_progress("write")
-                    write_all(file, data)
+                    behind.write(data)
                     advance(len(data))
                     del data
-                _to_disk(file.fileno())
+                behind.finish()
         except OSError:
             unfinished.unlink(missing_ok=True)  # what is left on a full disk had better be whole
             raise
@@ -259,40 +251,26 @@ def write_shards(plan: Plan, workshop: Path, journal: Journal, advance: Callable
         journal.add(shard.name, shard.num_bytes, maker.non_finite)
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names of a folder's files on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _to_disk(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_all(file: Any, data: Any) -> None:
-    """Write all bytes of a buffer to an unbuffered file."""
-    view = memoryview(data)
-    while view:
-        # No more at a time than the processor's cache holds.
-        view = view[file.write(view[: 2**20]) :]
-
-
-def _data(shard: Shard, maker: _LayerMaker) -> Iterator[Any]:
-    """The bytes of a file, piece by piece."""
+def _data(shard: Shard, maker: _LayerMaker, settle: Callable[[], None]) -> Iterator[Any]:
+    """The bytes of a file, piece by piece; `settle` returns when nobody needs earlier pieces any more."""
     yield shard.header
     for output in shard.outputs:
         if output.stored:
             bad = 0
             for chunk in mean_chunks_of(output.stored):
                 bad += count_non_finite(chunk, output.dtype)
-                yield chunk
+                yield bytes(chunk)
             maker.note(output.stored[0], bad)
             continue
+        if maker.layer != output.layer:
+            settle()  # pieces are views of a whole layer's memory
         tensor = maker.part(output)
-        # Expert by expert, so that a part that is no plain memory is copied in pieces only.
-        for piece in tensor.unbind() if tensor.ndim == 3 else (tensor,):
+        # Expert by expert, so that what is no plain memory is copied, and what is made when asked for, in pieces only.
+        pieces = (tensor,) if isinstance(tensor, Tensor) and tensor.ndim != 3 else tensor
+        for piece in pieces:
             yield bytes_of(piece.contiguous())
         # A last view would keep a layer's memory while the next one is made.
-        del tensor, piece
+        del tensor, pieces, piece
 
 
 class _Sources(Sequence[FFNTensors]):
@@ -324,10 +302,10 @@ class _LayerMaker:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.layer = -1
-        self.made: dict[str, Tensor] = {}
+        self.made: dict[str, Tensor | Pieces] = {}
         self.non_finite: dict[str, int] = {}
 
-    def part(self, output: Output) -> Tensor:
+    def part(self, output: Output) -> Tensor | Pieces:
         """A tensor of a block, as the plan wants it.
 
         Raises:
@@ -350,10 +328,10 @@ class _LayerMaker:
         if count:
             self.non_finite[stored.key] = count
 
-    def _make(self, layer: SparseLayer) -> dict[str, Tensor]:
+    def _make(self, layer: SparseLayer) -> dict[str, Tensor | Pieces]:
         """Every tensor of one block by its name there."""
         made = self._run_recipe(layer)
-        found = {part: self._read([stored]) for part, stored in layer.fresh.items()}
+        found: dict[str, Tensor | Pieces] = {part: self._read([stored]) for part, stored in layer.fresh.items()}
         parts = (layer.in_name, "down_proj", f"{layer.in_name}_bias", "down_proj_bias")
         found |= {f"experts.{part}": t for part, t in zip(parts, made.experts, strict=True) if t is not None}
         if made.shared is not None:

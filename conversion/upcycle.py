@@ -17,7 +17,7 @@ from st_moe.configuration import STMoEConfig, auto_class_of, dense_config_of
 from st_moe.conversion.checkpoint import check_checkpoint, dense_config
 from st_moe.conversion.merge import check_compatible, merged
 from st_moe.conversion.proof import IdentityProof, proof_tokens, prove_identity
-from st_moe.conversion.recipes import RECIPES, FFNTensors, Recipe, read_ffn, try_recipe
+from st_moe.conversion.recipes import RECIPES, FFNTensors, Pieces, Recipe, read_ffn, try_recipe
 from st_moe.conversion.router_init import (
     RouterStart,
     Text,
@@ -350,7 +350,7 @@ def fill_block(
     names = (experts.in_name, "down_proj", f"{experts.in_name}_bias", "down_proj_bias")
     for name, tensor in zip(names, made.experts, strict=True):
         if tensor is not None:
-            setattr(experts, name, nn.Parameter(_owned(tensor)))
+            setattr(experts, name, nn.Parameter(tensor.stacked() if isinstance(tensor, Pieces) else _owned(tensor)))
     if experts.multiplicative_bias is not None:
         experts.multiplicative_bias = nn.Parameter(like.new_ones(experts.multiplicative_bias.shape))
     if block.shared_experts is not None and made.shared is not None:

@@ -552,7 +552,7 @@ def test_a_full_disk_is_one_line(files: Path, st_moe: Callable[..., Result], mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as full:
-        full.setattr("st_moe.conversion.streaming.write_all", disk_full)
+        full.setattr("st_moe.conversion.writing.write_all", disk_full)
         assert "is full; make room and run the same command again" in error_line(st_moe(*UPCYCLE))
     # What is whole stays for the next run, and nothing is called done.
     left = {path.name for path in files.iterdir()}

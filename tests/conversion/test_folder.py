@@ -27,7 +27,7 @@ from transformers import (
 
 from st_moe import STMoEForCausalLM, STMoEForSequenceClassification, cli, upcycle
 from st_moe.conversion import folder as folder_module
-from st_moe.conversion import streaming, upcycle_checkpoint
+from st_moe.conversion import upcycle_checkpoint, writing
 from st_moe.modeling.bundle import auto_map, bundle_files
 from tests.families import FAMILIES, TOLERANCE, dense_model, relative_difference, tiny_tokenizer, token_ids
 
@@ -353,8 +353,8 @@ def interrupted(*args: Any, **kwargs: Any) -> None:
 
 
 FAILURES: dict[str, tuple[Any, str, Callable[..., Any], type[BaseException], str]] = {
-    "weights": (streaming, "write_all", disk_full, OSError, "destination: the disk of .* is full; make room"),
-    "interrupt": (streaming, "write_all", interrupted, KeyboardInterrupt, ""),
+    "weights": (writing, "write_all", disk_full, OSError, "destination: the disk of .* is full; make room"),
+    "interrupt": (writing, "write_all", interrupted, KeyboardInterrupt, ""),
     "tokenizer": (folder_module, "_copy_companions", disk_full, OSError, "destination: the disk of .* is full"),
     "card": (folder_module, "model_card", disk_full, OSError, "destination: the disk of .* is full"),
     "too little room": (

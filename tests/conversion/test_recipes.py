@@ -13,10 +13,11 @@ from torch import Tensor
 
 from benchmarks.quality import recipes as quality
 from st_moe import STMoEConfig, STMoEForCausalLM, locate_ffns, prove_identity, upcycle
-from st_moe.conversion import RECIPES, FFNTensors
+from st_moe.conversion import RECIPES, FFNTensors, recipes
 from st_moe.conversion.partition import PARTITIONS, balanced_kmeans
 from st_moe.conversion.recipes import (
     LayerTensors,
+    Pieces,
     check_recipe,
     copy,
     drop,
@@ -49,6 +50,11 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def stacked(layer: LayerTensors) -> FFNTensors:
+    """A layer's experts, all of them made."""
+    return FFNTensors(*(part.stacked() if isinstance(part, Pieces) else part for part in layer.experts))
+
+
 def matrices_by_neuron(w_in: Tensor, w_out: Tensor) -> list[Tensor]:
     """Gate (if any), up and down, each [width, H]: row i belongs to neuron i."""
     return [*w_in.split(WIDTH), w_out.T]
@@ -61,7 +67,7 @@ def matrices_by_neuron(w_in: Tensor, w_out: Tensor) -> list[Tensor]:
 def test_shapes_types_and_biases(name: str, gated: bool, bias: bool, dtype: torch.dtype) -> None:
     dense = dense_ffn(gated, bias, dtype)
     before = [None if tensor is None else tensor.clone() for tensor in dense]
-    experts = RECIPES[name].function([dense], E, generator()).experts
+    experts = stacked(RECIPES[name].function([dense], E, generator()))
     for ours, theirs, kept in zip(experts, dense, before, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is None:
@@ -70,7 +76,7 @@ def test_shapes_types_and_biases(name: str, gated: bool, bias: bool, dtype: torc
         assert ours.dtype == dtype
         assert ours.isfinite().all()
         assert torch.equal(theirs, kept), "the dense weights moved"
-        if name == "copy":
+        if name == "copy" or (theirs.ndim == 1 and name != "merge"):
             assert ours.stride(0) == 0, "equal experts need no memory of their own"
         else:
             assert ours.untyped_storage().data_ptr() != theirs.untyped_storage().data_ptr()
@@ -96,7 +102,7 @@ def test_copy_repeats_the_dense_ffn() -> None:
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
 def test_noise_moves_a_fraction_of_the_weights(fraction: float) -> None:
     dense = dense_ffn(dtype=torch.float64)
-    experts = noise([dense], E, generator(), scale=0.3, fraction=fraction).experts
+    experts = stacked(noise([dense], E, generator(), scale=0.3, fraction=fraction))
     for ours, theirs in ((experts.w_in, dense.w_in), (experts.w_out, dense.w_out)):
         for expert in range(E):
             moved = ours[expert] - theirs
@@ -113,7 +119,7 @@ def test_noise_moves_a_fraction_of_the_weights(fraction: float) -> None:
 @pytest.mark.parametrize("options", [{"scale": 0.0}, {"fraction": 0.0}])
 def test_noise_of_nothing_is_a_copy(options: dict[str, Any]) -> None:
     dense = dense_ffn()
-    experts = noise([dense], E, generator(), **options).experts
+    experts = stacked(noise([dense], E, generator(), **options))
     assert all(torch.equal(expert, dense.w_in) for expert in experts.w_in)
     assert all(torch.equal(expert, dense.w_out) for expert in experts.w_out)
 
@@ -122,7 +128,7 @@ def test_noise_of_nothing_is_a_copy(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("ratio", "count"), [(0.5, 30), (0.1, 6), (0.33, 19), (1.0, 60)])
 def test_drop_redraws_whole_neurons(gated: bool, ratio: float, count: int) -> None:
     dense = dense_ffn(gated, bias=True)
-    experts = drop([dense], E, generator(), ratio=ratio).experts
+    experts = stacked(drop([dense], E, generator(), ratio=ratio))
     sets = []
     for expert in range(E):
         ours = matrices_by_neuron(experts.w_in[expert], experts.w_out[expert])
@@ -148,17 +154,58 @@ def test_drop_redraws_whole_neurons(gated: bool, ratio: float, count: int) -> No
         assert len({neuron for chosen in sets for neuron in chosen}) > count
 
 
+@pytest.mark.parametrize("name", ["noise", "drop"])
+def test_experts_are_made_one_at_a_time_in_any_order(name: str) -> None:
+    made = RECIPES[name].function([dense_ffn()], E, generator()).experts
+    for pieces, whole in zip(made[:2], stacked(RECIPES[name].function([dense_ffn()], E, generator()))[:2], strict=True):
+        assert isinstance(pieces, Pieces)
+        assert (len(pieces), pieces.shape, pieces.dtype) == (E, whole.shape, whole.dtype)
+        for expert in (2, 0, 3, 2, 1):
+            assert torch.equal(pieces[expert], whole[expert])
+        assert pieces[0].untyped_storage().nbytes() == whole[0].nbytes
+        for outside in (E, -1):
+            with pytest.raises(IndexError):
+                pieces[outside]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_statistics_of_neurons_are_those_of_their_weights(
+    axis: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From means and variances of single neurons, taken block by block, for any set of them."""
+    monkeypatch.setattr(recipes, "_PIECE", 130)  # blocks of 3 and of 4 neurons, and a rest
+    matrix = (torch.randn(31, 40, generator=generator(), dtype=torch.float64) * torch.arange(1, 41) + 7).to(dtype)
+    matrix = matrix if axis == 0 else matrix.T[:, :31].contiguous()
+    means, variances = recipes._moments(matrix, axis)
+    rounding = 1e-12 if dtype == torch.float64 else 1e-6
+    for count in (1, 2, 17, 31):
+        neurons = torch.randperm(31, generator=generator(count))[:count]
+        own = matrix.index_select(axis, neurons).double()
+        mean, std = recipes._mean_and_std(means[neurons], variances[neurons], 40)
+        assert mean == pytest.approx(own.mean().item(), rel=rounding)
+        assert std == pytest.approx(own.std().item(), rel=rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_weights_have_no_spread(dtype: torch.dtype) -> None:
+    """A constant is drawn as itself: nothing is lost to rounding in what is subtracted from what."""
+    dense = FFNTensors(torch.full((2 * WIDTH, H), 0.7, dtype=dtype), torch.full((H, WIDTH), -300.0, dtype=dtype))
+    for ours, theirs in zip(stacked(drop([dense], E, generator()))[:2], dense[:2], strict=True):
+        assert torch.equal(ours, theirs.expand(E, -1, -1))
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.01])
 def test_dropping_less_than_a_neuron_is_a_copy(ratio: float) -> None:
     dense = dense_ffn()
-    experts = drop([dense], E, generator(), ratio=ratio).experts
+    experts = stacked(drop([dense], E, generator(), ratio=ratio))
     assert all(torch.equal(expert, dense.w_in) for expert in experts.w_in)
     assert all(torch.equal(expert, dense.w_out) for expert in experts.w_out)
 
 
 def test_neurons_are_dropped_evenly() -> None:
     dense = dense_ffn(gated=False)
-    experts = drop([dense], 400, generator(), ratio=0.5).experts
+    experts = stacked(drop([dense], 400, generator(), ratio=0.5))
     redrawn = (experts.w_in != dense.w_in).any(-1).float().mean(0)
     assert redrawn.mean().item() == pytest.approx(0.5)
     assert (redrawn - 0.5).abs().max() <= 4.5 * 0.5 / 400**0.5
@@ -168,10 +215,10 @@ def test_neurons_are_dropped_evenly() -> None:
 def test_the_generator_decides_and_nothing_else(name: str) -> None:
     dense = dense_ffn(bias=True)
     state = torch.get_rng_state()
-    first, second = (RECIPES[name].function([dense], E, generator(3)).experts for _ in range(2))
+    first, second = (stacked(RECIPES[name].function([dense], E, generator(3))) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    third, other = (RECIPES[name].function([dense], E, generator(seed)).experts for seed in (3, 4))
+    third, other = (stacked(RECIPES[name].function([dense], E, generator(seed))) for seed in (3, 4))
     for tensors in zip(first, second, third, strict=True):
         assert torch.equal(tensors[0], tensors[1])
         assert torch.equal(tensors[0], tensors[2])
@@ -210,8 +257,8 @@ def test_options_that_are_no_real_numbers_are_refused(name: str, option: str, va
 @pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), Fraction(1, 2)], ids=repr)
 @pytest.mark.parametrize(("name", "option"), [("noise", "scale"), ("noise", "fraction"), ("drop", "ratio")])
 def test_every_kind_of_real_number_is_the_same_option(name: str, option: str, value: Any) -> None:
-    expected = RECIPES[name].function([dense_ffn()], E, generator(), **{option: 0.5}).experts
-    found = RECIPES[name].function([dense_ffn()], E, generator(), **{option: value}).experts
+    expected = stacked(RECIPES[name].function([dense_ffn()], E, generator(), **{option: 0.5}))
+    found = stacked(RECIPES[name].function([dense_ffn()], E, generator(), **{option: value}))
     assert found.w_in.equal(expected.w_in)
     assert found.w_out.equal(expected.w_out)
 
@@ -330,7 +377,7 @@ KINDS = pytest.mark.parametrize(("gated", "bias"), [(True, False), (True, True),
 def test_drop_with_a_set_per_matrix(gated: bool) -> None:
     """As the published code does: the sets differ, so more neurons are touched than with one."""
     dense = dense_ffn(gated)
-    experts = drop([dense], 100, generator(), ratio=0.5, shared_set=False).experts
+    experts = stacked(drop([dense], 100, generator(), ratio=0.5, shared_set=False))
     touched = []
     for expert in range(100):
         pairs = zip(

@@ -24,7 +24,7 @@ from benchmarks import tiny_models
 from benchmarks.families import dense_of
 from st_moe import locate_ffns, upcycle
 from st_moe.conversion import folder as folder_module
-from st_moe.conversion import from_disk, streaming, upcycle_checkpoint
+from st_moe.conversion import from_disk, streaming, upcycle_checkpoint, writing
 from st_moe.conversion import plan as plan_module
 from st_moe.conversion import stored as stored_module
 from st_moe.conversion.card import plan_table
@@ -298,7 +298,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None
             if len(events) == number:
                 action()
 
-        for module in (streaming, folder_module, from_disk, stored_module):
+        for module in (streaming, folder_module, from_disk, stored_module, writing):
             monkeypatch.setattr(module, "checkpoint_of_progress", step)
         return events
 
