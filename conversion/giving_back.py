@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ class GivingBack(TorchFunctionMode):
     that are needed again come from the system's cache of files. Only on Linux; elsewhere nothing is given back.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._mappings: list[tuple[int, int]] = []
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -33,9 +38,35 @@ class GivingBack(TorchFunctionMode):
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor) and sys.platform == "linux":
             read = [tensor for tensor in _tensors((*args, *kwargs.values())) if _reads(tensor, result)]
-            if sum(tensor.nbytes for tensor in read) >= _LEAST_GIVEN_BACK and _give_back(read):
-                return_freed_memory()
+            if _size(read) >= _LEAST_GIVEN_BACK:
+                self._give_back(read)
         return result
+
+    def _give_back(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Give the pages of tensors back that are mapped from a file and as they are there."""
+        if _size(tensor for tensor in tensors if self._mapping_of(tensor) is None) >= _LEAST_GIVEN_BACK:
+            self._mappings = _file_mappings()
+        found = False
+        for tensor in tensors:
+            mapping = self._mapping_of(tensor)
+            # What was written to would be lost. Nobody knows of an inference tensor; of others the version tells.
+            if mapping is not None and not tensor.is_inference() and not tensor._version:
+                page = tensor.data_ptr() - tensor.data_ptr() % mmap.PAGESIZE
+                last = min(tensor.data_ptr() + tensor.nbytes, mapping[1])  # an expanded view has more bytes than memory
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(page), ctypes.c_size_t(last - page), _MADV_DONTNEED)
+                found = True
+        if found:
+            return_freed_memory()
+
+    def _mapping_of(self, tensor: torch.Tensor) -> tuple[int, int] | None:
+        """The mapping that a tensor lies in, of those that are known and still there."""
+        first = tensor.data_ptr()
+        mapping = next((limits for limits in self._mappings if limits[0] <= first < limits[1]), None)
+        return mapping if mapping is not None and _is_there(mapping) else None
+
+
+def _size(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -53,19 +84,19 @@ def _reads(tensor: torch.Tensor, result: torch.Tensor) -> bool:
     return plain and tensor.untyped_storage().data_ptr() != result.untyped_storage().data_ptr()
 
 
-def _give_back(tensors: Iterable[torch.Tensor]) -> bool:
-    """Give pages of tensors back that are mapped from a file and as they are there; what others hold would be lost."""
-    maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_bytes().splitlines()]
+def _is_there(mapping: tuple[int, int]) -> bool:
+    """Whether memory within these very limits is mapped from a file; takes a hundredth of the time of reading all."""
+    try:
+        # Only who asks for the file is told when there is none any more: that the name exists may be remembered.
+        os.readlink(f"/proc/self/map_files/{mapping[0]:x}-{mapping[1]:x}")
+    except OSError:
+        return False
+    return True
+
+
+def _file_mappings() -> list[tuple[int, int]]:
+    """First and last address, exclusive, of each part of this process's memory that is mapped from a file."""
+    fields = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_bytes().splitlines())
     # The fifth field is the number of the file; memory of its own has none.
-    mapped = [[int(address, 16) for address in fields[0].split(b"-")] for fields in maps if fields[4] != b"0"]
-    found = False
-    for tensor in tensors:
-        first = tensor.data_ptr()
-        end = next((end for start, end in mapped if start <= first < end), None)
-        # Nobody knows whether an inference tensor was written to; of others the version does.
-        if end is not None and not tensor.is_inference() and not tensor._version:
-            page = first - first % mmap.PAGESIZE
-            size = min(first + tensor.nbytes, end) - page  # an expanded view has more bytes than memory
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(page), ctypes.c_size_t(size), _MADV_DONTNEED)
-            found = True
-    return found
+    ranges = (row[0].split(b"-") for row in fields if row[4] != b"0")
+    return [(int(start, 16), int(end, 16)) for start, end in ranges]

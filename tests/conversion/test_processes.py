@@ -1,5 +1,7 @@
 """Steps of a conversion in processes of their own: what they return, what they leave in memory, what ends them."""
 
+import ctypes
+import mmap
 import os
 import re
 import signal
@@ -14,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from st_moe.conversion import processes, upcycle_checkpoint
+from st_moe.conversion import giving_back, processes, upcycle_checkpoint
 from st_moe.conversion.giving_back import GivingBack
 from tests.conversion.conftest import contents
 
@@ -237,3 +239,27 @@ def test_no_other_memory_is_given_back() -> None:
         assert torch.equal(torch.cat([x, x])[4096:], x)
     assert (weight == 1).all()
     assert (x == 2).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mmap of Linux")
+@pytest.mark.parametrize("believed", [False, True])
+def test_memory_in_the_place_of_a_mapping_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, believed: bool
+) -> None:
+    """A mapping that was seen is not believed to be there still; if it were, what is there now would be lost."""
+    (tmp_path / "file").write_bytes(bytes(2**23))
+    with (tmp_path / "file").open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 2**23, mmap.MAP_PRIVATE)
+    tensor = torch.frombuffer(mapped, dtype=torch.uint8)
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    with GivingBack():
+        assert tensor.sum() == 0
+        fixed = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10
+        place = libc.mmap(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(2**23), 3, fixed, -1, ctypes.c_long(0))
+        assert place == tensor.data_ptr()
+        ctypes.memset(place, 1, 2**23)
+        if believed:
+            monkeypatch.setattr(giving_back, "_is_there", lambda mapping: True)
+        assert tensor.sum() == 2**23
+        assert tensor.sum() == (0 if believed else 2**23)
