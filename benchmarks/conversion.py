@@ -1,14 +1,21 @@
 """Memory and throughput of upcycling on disk: `python -m benchmarks.conversion`.
 
 A dense Llama checkpoint of random bfloat16 weights is made on the spot and upcycled in a fresh process, as the command
-`st-moe upcycle` does it. Memory is the kernel's mark of that process's largest resident set ("main") and of the largest
-among the processes that plan, write and prove one after the other ("steps"). The bar for either is 300 MB plus one
-layer's experts. Pages that two processes share count once in "all", the sum of their proportional set sizes, read ten
-times a second. Throughput is output bytes over wall time of the
-whole call, imports of the plan included, which ends with everything on the disk (fsync), beside `cp` of the same bytes
-to the same disk in the same run. A small conversion goes before, so that no row reads the libraries from the disk.
+`st-moe upcycle` does it, once to half as many layers.
 
-With `--mergekit-moe PATH` a second table has the whole processes `st-moe upcycle` and `mergekit-moe` on the same input.
+Memory is the kernel's mark of that process's largest resident set ("main") and of the largest among the processes that
+plan, write and prove one after the other ("steps"). The bar for either is 300 MB plus one layer's experts. Pages that
+two processes share count once in "all", the sum of their proportional set sizes, read ten times a second.
+
+Throughput is output bytes over wall time of the whole call, imports of the plan included, which ends with everything on
+the disk (fsync), beside `cp` of the same bytes to the same disk. `cp` is done when the system has the bytes in memory;
+how long it takes until the disk has them too is a column of its own. Memory that a virtual machine has not used for
+some seconds may have gone back to its host, and to get it again takes longer than to write to it, so each is measured
+twice: "idle", after ten seconds in which nothing happened, and "in use", after other processes have just used as much
+memory as will be needed. On a machine of its own the two should not differ.
+
+With `--mergekit-moe PATH` a third table has the whole processes `st-moe upcycle` and `mergekit-moe` on the same input.
+A small conversion goes before everything, so that no row reads the libraries from the disk.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -135,40 +142,90 @@ def copy(source: Path, target: Path) -> tuple[float, float]:
     return copied, time.perf_counter() - start
 
 
-def measure(place: Path, layers: int, options: argparse.Namespace, recipe: str, verify: bool) -> list[str]:
-    """One row of the table."""
-    source, target, copied = place / f"dense{layers}", place / "moe", place / "copy"
+def leave_idle(size: int) -> None:
+    """Let a virtual machine give memory back that nobody uses."""
+    os.sync()
+    time.sleep(10)
+
+
+def use_memory(size: int) -> None:
+    """Have the system's free memory, as much as is to be written and some more, backed by real memory."""
+    os.sync()
+    with open("/proc/meminfo", encoding="ascii") as file:
+        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemFree"))
+    command = [sys.executable, "-c", "import sys; b'1' * int(sys.argv[1])", str(min(size + 2 * 10**9, free * 9 // 10))]
+    for _ in range(2):  # the first may be slow enough for some to go back meanwhile
+        subprocess.run(command, check=True)
+
+
+STATES = {"idle": leave_idle, "in use": use_memory}
+
+
+class Row(NamedTuple):
+    """What is converted."""
+
+    layers: int
+    recipe: str
+    verify: bool
+
+    @property
+    def name(self) -> str:
+        """As in the tables."""
+        return self.recipe + (", with proof" if self.verify else "")
+
+
+def measure(place: Path, row: Row, options: argparse.Namespace, state: str) -> dict[str, float]:
+    """Convert once and copy the result once, each with memory in this state."""
+    source, target, copied = place / f"dense{row.layers}", place / "moe", place / "copy"
     if not source.exists():
-        make_dense(source, options.hidden, options.width, layers)
+        make_dense(source, options.hidden, options.width, row.layers)
     wanted = {
-        "recipe": recipe,
+        "recipe": row.recipe,
         "num_experts": options.experts,
-        "verify": verify,
+        "verify": row.verify,
         "max_shard_size": options.max_shard_size,
     }
-    os.sync()  # neither of the two writes out what went before
+    size = 2 * row.layers * (4 * options.hidden**2 + 3 * options.hidden * options.width * options.experts)
+    STATES[state](size)
     found = convert(source, target, wanted)
-    os.sync()
+    STATES[state](size)
     plain, synced = copy(target, copied)
     for folder in (target, copied):
         shutil.rmtree(folder)
-    one_layer = 2 * 3 * options.hidden * options.width * options.experts
-    bar, rate = ALLOWED + one_layer, found["bytes"] / found["seconds"]
+    return found | {"cp": plain, "cp + fsync": synced}
+
+
+def memory_row(row: Row, found: dict[str, float], bar: int) -> list[str]:
+    """A row of the first table."""
     peak = max(found["peak"], found["started"])
+    sizes = (found["peak"], found["started"], found["together"], bar)
     return [
-        f"{layers}",
-        recipe + (", with proof" if verify else ""),
+        f"{row.layers}",
+        row.name,
         f"{found['bytes'] / 1e9:.2f}",
-        f"{found['peak'] / MEGABYTE:.0f}",
-        f"{found['started'] / MEGABYTE:.0f}",
-        f"{found['together'] / MEGABYTE:.0f}",
-        f"{bar / MEGABYTE:.0f}",
+        *(f"{size / MEGABYTE:.0f}" for size in sizes),
         "met" if peak <= bar else f"over by {(peak - bar) / MEGABYTE:.0f}",
-        f"{rate / MEGABYTE:.0f}",
-        f"{found['bytes'] / plain / MEGABYTE:.0f}",
-        f"{plain / found['seconds']:.2f}",
-        f"{synced / found['seconds']:.2f}",
     ]
+
+
+def speed_row(row: Row, found: dict[str, float], state: str) -> list[str]:
+    """A row of the second table."""
+    return [
+        f"{row.layers}",
+        row.name,
+        f"{found['bytes'] / 1e9:.2f}",
+        state,
+        *(f"{found['bytes'] / found[what] / MEGABYTE:.0f}" for what in ("seconds", "cp", "cp + fsync")),
+        *(f"{found[what] / found['seconds']:.2f}" for what in ("cp", "cp + fsync")),
+    ]
+
+
+def table_of(title: str, *columns: str) -> Table:
+    """An empty table, numbers to the right."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("", "recipe", "memory", "tool") else "right")
+    return table
 
 
 def whole_process(name: str, command: list[str], target: Path) -> list[str]:
@@ -202,9 +259,7 @@ def beside_mergekit(mergekit: Path, source: Path, place: Path, experts: int, max
         max_shard_size.replace("GB", "B"),
     ]
     theirs += ["--i-understand-this-is-not-useful-without-training"]
-    table = Table(title="Whole processes: MB and MB/s (1 MB = 10^6 bytes)")
-    for column in ("tool", "GB", "seconds", "peak MB", "MB/s"):
-        table.add_column(column, justify="left" if column == "tool" else "right")
+    table = table_of("Whole processes", "tool", "GB", "seconds", "peak MB", "MB/s")
     for _ in range(2):
         for name, command, target in (("st-moe upcycle", ours, "ours"), ("mergekit-moe", theirs, "theirs")):
             print(name, file=sys.stderr, flush=True)
@@ -237,12 +292,14 @@ def main() -> None:
     most = -(-int(options.gigabytes * 1e9 - 4 * VOCABULARY * options.hidden) // per_layer)
     most = max(2, most + most % 2)
     recipes = options.recipe or ("copy", "drop", "merge")
-    rows = [(layers, recipe, False) for recipe in recipes for layers in (most // 2, most)]
-    rows.append((most, "copy", True))
-    table = Table(title="Upcycling on disk: MB and MB/s (1 MB = 10^6 bytes)")
-    columns = ("layers", "recipe", "GB", "main MB", "steps MB", "all MB", "bar MB", "bar", "MB/s", "cp MB/s")
-    for column in (*columns, "speed / cp", "speed / (cp + fsync)"):
-        table.add_column(column, justify="left" if column in ("recipe", "bar") else "right")
+    rows = [Row(layers, recipe, False) for recipe in recipes for layers in (most // 2, most)]
+    rows.append(Row(most, "copy", True))
+    bar = ALLOWED + 2 * 3 * options.hidden * options.width * options.experts
+    memory = table_of("Memory, MB (1 MB = 10^6 bytes)", "layers", "recipe", "GB", "main", "steps", "all", "bar", "")
+    speed = table_of(
+        "Throughput, MB/s",
+        *("layers", "recipe", "GB", "memory", "conversion", "cp", "cp + fsync", "/ cp", "/ (cp + fsync)"),
+    )
     if options.folder is not None:
         Path(options.folder).mkdir(parents=True, exist_ok=True)
     others = []
@@ -251,14 +308,19 @@ def main() -> None:
         make_dense(small, 64, 64, 1)
         convert(small, small.with_name("first"), {"recipe": "copy", "verify": True, "max_shard_size": "1GB"})
         for row in rows:
-            print(f"{row[0]} layers, {row[1]}", file=sys.stderr, flush=True)
-            table.add_row(*measure(Path(place), *row[:1], options, *row[1:]))
+            for state in STATES if row.layers == most else ("idle",):
+                print(f"{row.layers} layers, {row.name}, {state}", file=sys.stderr, flush=True)
+                found = measure(Path(place), row, options, state)
+                if state == "idle":
+                    memory.add_row(*memory_row(row, found, bar))
+                if row.layers == most:
+                    speed.add_row(*speed_row(row, found, state))
         if options.mergekit_moe:
             source = Path(place) / f"dense{most}"
             others.append(
                 beside_mergekit(options.mergekit_moe, source, Path(place), options.experts, options.max_shard_size)
             )
-    Console(width=150).print(table, *others)
+    Console(width=150).print(memory, speed, *others)
     sizes = f"hidden {options.hidden}, width {options.width}, {options.experts} experts, bfloat16"
     print(f"{sizes}; shards of {options.max_shard_size}; torch {torch.__version__}; one thread")
 

@@ -168,24 +168,20 @@ def drop(
     if count == 0:
         return LayerTensors(_views(sources[0], num_experts))
 
-    def redraws(matrices: Sequence[Tensor], axis: int) -> Callable[[Tensor, torch.Generator, torch.Generator], None]:
-        moments = [_moments(matrix, axis) for matrix in matrices]
+    def redraws(dense: Tensor, axis: int) -> _Change:
+        moments = [_moments(matrix, axis) for matrix in dense.split(width, dim=axis)]
 
         def redraw(weight: Tensor, of_expert: torch.Generator, of_weight: torch.Generator) -> None:
-            parts = weight.split(width) if axis == 0 else (weight,)
-            if shared_set:
-                sets = [torch.randperm(width, generator=of_expert)[:count]] * len(parts)
-            else:
-                sets = [torch.randperm(width, generator=of_weight)[:count] for _ in parts]
-            for part, neurons, (means, variances) in zip(parts, sets, moments, strict=True):
-                mean, std = _mean_and_std(means[neurons], variances[neurons], part.shape[1 - axis])
-                _draw_anew(part, axis, neurons, mean, std, of_weight)
+            shared = torch.randperm(width, generator=of_expert)[:count]
+            for matrix, (means, variances) in zip(weight.split(width, dim=axis), moments, strict=True):
+                neurons = shared if shared_set else torch.randperm(width, generator=of_weight)[:count]
+                mean, std = _mean_and_std(means[neurons], variances[neurons], matrix.shape[1 - axis])
+                _draw_anew(matrix, axis, neurons, mean, std, of_weight)
 
         return redraw
 
     w_in, w_out = sources[0].w_in, sources[0].w_out
-    changes = redraws(w_in.split(width), axis=0), redraws([w_out], axis=1)
-    return LayerTensors(_varied(sources[0], num_experts, generator, *changes))
+    return LayerTensors(_varied(sources[0], num_experts, generator, redraws(w_in, 0), redraws(w_out, 1)))
 
 
 def split(
