@@ -43,7 +43,7 @@ class FFNTensors(NamedTuple):
 
 
 class Pieces(Sequence[Tensor]):
-    """One parameter of all experts, of which each expert's is made when it is asked for: one at a time takes memory.
+    """One parameter of all experts, of which each expert's is made when it is asked for, and takes no memory before.
 
     Args:
         make: gives an expert's, in memory of its own, and always the same.
@@ -165,7 +165,7 @@ def drop(
     ratio, shared_set = _checked("ratio", ratio), _checked("shared_set", shared_set)
     width = _width(sources[0])
     count = int(ratio * width)
-    if count == 0:
+    if count == 0 or sources[0].w_in.is_meta:
         return LayerTensors(_views(sources[0], num_experts))
 
     def redraws(dense: Tensor, axis: int) -> _Change:
@@ -474,6 +474,7 @@ def _varied(
     ffn: FFNTensors, num_experts: int, generator: torch.Generator, in_change: _Change, out_change: _Change
 ) -> ExpertTensors:
     """Copies of an FFN whose weights are changed when they are asked for."""
+    # Of a seed PyTorch takes the lower 32 bits: two of the streams of a model may be one, two of an expert hardly.
     seeds = torch.randint(2**62, (num_experts, 3), generator=generator).tolist()
 
     def pieces(weight: Tensor, change: _Change, own: int) -> Pieces:
@@ -491,12 +492,11 @@ def _varied(
 
 def _moments(matrix: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of each neuron's weights, float64 [I], of a matrix with the neurons along an axis."""
-    wide = torch.promote_types(matrix.dtype, torch.float32)
     means, variances = [], []
     for block in matrix.split(max(1, _PIECE // matrix.shape[1 - axis]), dim=axis):
-        mean = block.to(wide).mean(1 - axis, keepdim=True)
-        means.append(mean.flatten().double().cpu())
-        variances.append((block.to(wide) - mean).square_().mean(1 - axis).double().cpu())
+        mean = block.double().mean(1 - axis, keepdim=True)
+        means.append(mean.flatten().cpu())
+        variances.append((block.double() - mean).square_().mean(1 - axis).cpu())
     return torch.cat(means), torch.cat(variances)
 
 

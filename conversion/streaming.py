@@ -217,7 +217,7 @@ def write_shards(plan: Plan, workshop: Path, journal: Journal, advance: Callable
         plan: what to write.
         workshop: holds the folder `model`, which is filled.
         journal: of this plan.
-        advance: told the bytes that are done, as they are.
+        advance: told the bytes that are on their way, as they are handed over.
 
     Raises:
         ValueError: when a file of the source changes meanwhile.

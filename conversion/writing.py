@@ -12,7 +12,7 @@ _BETWEEN_SYNCS = 2**28  # bytes; more that the disk does not have yet would have
 
 
 def checkpoint_of_progress(event: str) -> None:
-    """Called before every step that changes the disk; tests stop a run here."""
+    """Called before every step that changes the disk is taken, or handed to a thread; tests stop a run here."""
 
 
 def to_disk(descriptor: int) -> None:
@@ -41,7 +41,7 @@ def write_all(file: Any, data: Any) -> None:
 class WriteBehind:
     """Writes a file in one thread and has it on the disk bit by bit in another, while the caller makes what comes next.
 
-    Two pieces at most wait to be written. What goes wrong is raised by the next call, or the one after.
+    Two pieces at most wait to be written. What goes wrong is raised by a later call, at the latest by `finish`.
 
     Args:
         file: unbuffered and open, until the block that this is used in has ended.

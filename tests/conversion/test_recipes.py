@@ -168,6 +168,17 @@ def test_experts_are_made_one_at_a_time_in_any_order(name: str) -> None:
                 pieces[outside]
 
 
+@pytest.mark.parametrize(("name", "options"), [("noise", {"fraction": 1.0}), ("drop", {"ratio": 1.0})])
+def test_no_two_weights_are_drawn_alike(name: str, options: dict[str, Any]) -> None:
+    """Neither those of one expert nor those of two: every weight of every expert has a stream of its own."""
+    dense = dense_ffn()
+    made = stacked(RECIPES[name].function([dense], E, generator(), **options))
+    parts = [part if name == "drop" else part - own for part, own in zip(made[:2], dense[:2], strict=True)]
+    drawn = torch.stack([expert.flatten()[: H * WIDTH] for part in parts for expert in part])
+    correlation = torch.corrcoef(drawn) - torch.eye(2 * E)
+    assert correlation.abs().max() <= 4.5 / (H * WIDTH) ** 0.5
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_statistics_of_neurons_are_those_of_their_weights(
@@ -178,13 +189,12 @@ def test_statistics_of_neurons_are_those_of_their_weights(
     matrix = (torch.randn(31, 40, generator=generator(), dtype=torch.float64) * torch.arange(1, 41) + 7).to(dtype)
     matrix = matrix if axis == 0 else matrix.T[:, :31].contiguous()
     means, variances = recipes._moments(matrix, axis)
-    rounding = 1e-12 if dtype == torch.float64 else 1e-6
     for count in (1, 2, 17, 31):
         neurons = torch.randperm(31, generator=generator(count))[:count]
         own = matrix.index_select(axis, neurons).double()
         mean, std = recipes._mean_and_std(means[neurons], variances[neurons], 40)
-        assert mean == pytest.approx(own.mean().item(), rel=rounding)
-        assert std == pytest.approx(own.std().item(), rel=rounding)
+        assert mean == pytest.approx(own.mean().item(), rel=1e-12)
+        assert std == pytest.approx(own.std().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from benchmarks import tiny_models
 from benchmarks.families import dense_of
 from st_moe import locate_ffns, upcycle
 from st_moe.conversion import folder as folder_module
-from st_moe.conversion import from_disk, streaming, upcycle_checkpoint, writing
+from st_moe.conversion import from_disk, streaming, tensor_files, upcycle_checkpoint, writing
 from st_moe.conversion import plan as plan_module
 from st_moe.conversion import stored as stored_module
 from st_moe.conversion.card import plan_table
@@ -820,6 +821,53 @@ def test_writing_needs_no_model_classes() -> None:
     code = "import sys, st_moe.conversion.folder; print('transformers.modeling_utils' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert run.stdout == "False\n"
+
+
+def test_a_buffer_is_not_used_again_before_it_is_written(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copied tensors of many chunks, and a disk that is slower than what reads them."""
+    write_all = writing.write_all
+
+    def late(file: Any, data: Any) -> None:
+        time.sleep(0.002)
+        write_all(file, data)
+
+    monkeypatch.setattr(tensor_files, "_CHUNK", 1024)
+    monkeypatch.setattr(writing, "write_all", late)
+    convert(stock, tmp_path / "moe", recipe="copy")
+    expected, found = (
+        {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+        for folder in (stock, tmp_path / "moe")
+    )
+    kept = expected.keys() & found.keys()
+    assert max(expected[name].nbytes for name in kept) > 4 * 1024
+    assert all(torch.equal(found[name], expected[name]) for name in kept)
+
+
+@pytest.mark.parametrize("recipe", ["copy", "noise", "merge"])
+def test_a_layer_is_made_when_the_one_before_is_written(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    """Pieces that wait would keep a layer in memory."""
+    writers: list[Any] = []
+    waiting: list[int] = []
+    make = streaming._LayerMaker._make
+
+    class Watched(writing.WriteBehind):
+        def __init__(self, file: Any) -> None:
+            super().__init__(file)
+            writers.append(self)
+
+    def watched(self: Any, layer: Any) -> Any:
+        waiting.append(len(writers[-1]._waiting))
+        return make(self, layer)
+
+    monkeypatch.setattr(streaming, "WriteBehind", Watched)
+    monkeypatch.setattr(streaming._LayerMaker, "_make", watched)
+    convert(stock, tmp_path / "moe", recipe=recipe)
+    assert len(waiting) >= 3
+    assert not any(waiting)
 
 
 def test_one_layer_is_made_at_a_time(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from st_moe import (
     upcycle,
 )
 from st_moe.conversion import check_checkpoint, load_dense
-from st_moe.conversion.recipes import FFNTensors
+from st_moe.conversion.recipes import RECIPES, FFNTensors
 from st_moe.modeling.sparse_block import SparseBlock
 from tests.families import (
     FAMILIES,
@@ -387,11 +387,13 @@ def test_a_folder_keeps_its_ties(tmp_path: Path, tied: bool) -> None:
     assert (sparse.lm_head.weight is sparse.model.embed_tokens.weight) is tied
 
 
-def test_a_model_on_meta_becomes_a_mixture_on_meta() -> None:
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_model_on_meta_becomes_a_mixture_on_meta(recipe: str) -> None:
     with torch.device("meta"):
         dense = AutoModelForCausalLM.from_config(tiny_config("llama"))
-    sparse = upcycle(dense, num_experts=4, num_shared_experts=1)
-    expected = upcycle(dense_model("llama"), num_experts=4, num_shared_experts=1)
+    wanted: dict[str, Any] = {"recipe": recipe, "num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1}
+    sparse = upcycle(dense, **wanted)
+    expected = upcycle(dense_model("llama"), verify=False, **wanted)
     assert {parameter.device.type for parameter in sparse.parameters()} == {"meta"}
     shapes = {name: tensor.shape for name, tensor in sparse.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in expected.state_dict().items()}
