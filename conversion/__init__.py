@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from st_moe.conversion.native_dense import export_dense, to_dense
     from st_moe.conversion.native_per_expert import export_per_expert, import_checkpoint, read_per_expert
     from st_moe.conversion.proof import IdentityProof, prove_identity
-    from st_moe.conversion.recipes import RECIPES, FFNTensors, LayerTensors
+    from st_moe.conversion.recipes import RECIPES, ExpertTensors, FFNTensors, LayerTensors, Pieces
     from st_moe.conversion.resize import grow_experts, remove_experts, set_num_experts_per_tok
     from st_moe.conversion.router_init import ROUTER_INITS, initialise_routers, router_inputs
     from st_moe.conversion.upcycle import load_dense, upcycle
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 _MODULES = {
     "RECIPES": "recipes",
     "ROUTER_INITS": "router_init",
+    "ExpertTensors": "recipes",
     "FFNTensors": "recipes",
     "IdentityProof": "proof",
     "LayerTensors": "recipes",
+    "Pieces": "recipes",
     "check_checkpoint": "checkpoint",
     "export_dense": "native_dense",
     "export_native": "native",
@@ -48,9 +50,11 @@ _MODULES = {
 __all__ = [
     "RECIPES",
     "ROUTER_INITS",
+    "ExpertTensors",
     "FFNTensors",
     "IdentityProof",
     "LayerTensors",
+    "Pieces",
     "check_checkpoint",
     "export_dense",
     "export_native",
