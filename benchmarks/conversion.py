@@ -9,10 +9,9 @@ two processes share count once in "all", the sum of their proportional set sizes
 
 Throughput is output bytes over wall time of the whole call, imports of the plan included, which ends with everything on
 the disk (fsync), beside `cp` of the same bytes to the same disk. `cp` is done when the system has the bytes in memory;
-how long it takes until the disk has them too is a column of its own. Memory that a virtual machine has not used for
-some seconds may have gone back to its host, and to get it again takes longer than to write to it, so each is measured
-twice: "idle", after ten seconds in which nothing happened, and "in use", after other processes have just used as much
-memory as will be needed. On a machine of its own the two should not differ.
+how long it takes until the disk has them too is a column of its own. Conversion and `cp` take turns, and the medians
+are compared: how fast a system takes bytes depends on what its memory was used for before. In a virtual machine it may
+have gone back to the host, and to get it again takes longer than to write to it.
 
 With `--mergekit-moe PATH` a third table has the whole processes `st-moe upcycle` and `mergekit-moe` on the same input.
 A small conversion goes before everything, so that no row reads the libraries from the disk.
@@ -29,6 +28,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any, NamedTuple
 
@@ -142,25 +142,6 @@ def copy(source: Path, target: Path) -> tuple[float, float]:
     return copied, time.perf_counter() - start
 
 
-def leave_idle(size: int) -> None:
-    """Let a virtual machine give memory back that nobody uses."""
-    os.sync()
-    time.sleep(10)
-
-
-def use_memory(size: int) -> None:
-    """Have the system's free memory, as much as is to be written and some more, backed by real memory."""
-    os.sync()
-    with open("/proc/meminfo", encoding="ascii") as file:
-        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemFree"))
-    command = [sys.executable, "-c", "import sys; b'1' * int(sys.argv[1])", str(min(size + 2 * 10**9, free * 9 // 10))]
-    for _ in range(2):  # the first may be slow enough for some to go back meanwhile
-        subprocess.run(command, check=True)
-
-
-STATES = {"idle": leave_idle, "in use": use_memory}
-
-
 class Row(NamedTuple):
     """What is converted."""
 
@@ -174,8 +155,8 @@ class Row(NamedTuple):
         return self.recipe + (", with proof" if self.verify else "")
 
 
-def measure(place: Path, row: Row, options: argparse.Namespace, state: str) -> dict[str, float]:
-    """Convert once and copy the result once, each with memory in this state."""
+def measure(place: Path, row: Row, options: argparse.Namespace, turns: int) -> list[dict[str, float]]:
+    """Convert and copy the result, in turns."""
     source, target, copied = place / f"dense{row.layers}", place / "moe", place / "copy"
     if not source.exists():
         make_dense(source, options.hidden, options.width, row.layers)
@@ -185,38 +166,42 @@ def measure(place: Path, row: Row, options: argparse.Namespace, state: str) -> d
         "verify": row.verify,
         "max_shard_size": options.max_shard_size,
     }
-    size = 2 * row.layers * (4 * options.hidden**2 + 3 * options.hidden * options.width * options.experts)
-    STATES[state](size)
-    found = convert(source, target, wanted)
-    STATES[state](size)
-    plain, synced = copy(target, copied)
-    for folder in (target, copied):
-        shutil.rmtree(folder)
-    return found | {"cp": plain, "cp + fsync": synced}
+    found = []
+    for _ in range(turns):
+        os.sync()  # neither of the two writes out what went before
+        converted = convert(source, target, wanted)
+        os.sync()
+        plain, synced = copy(target, copied)
+        for folder in (target, copied):
+            shutil.rmtree(folder)
+        found.append(converted | {"cp": plain, "cp + fsync": synced})
+    return found
 
 
-def memory_row(row: Row, found: dict[str, float], bar: int) -> list[str]:
+def memory_row(row: Row, found: list[dict[str, float]], bar: int) -> list[str]:
     """A row of the first table."""
-    peak = max(found["peak"], found["started"])
-    sizes = (found["peak"], found["started"], found["together"], bar)
+    sizes = [max(each[what] for each in found) for what in ("peak", "started", "together")]
+    over = max(sizes[:2]) - bar
     return [
         f"{row.layers}",
         row.name,
-        f"{found['bytes'] / 1e9:.2f}",
-        *(f"{size / MEGABYTE:.0f}" for size in sizes),
-        "met" if peak <= bar else f"over by {(peak - bar) / MEGABYTE:.0f}",
+        f"{found[0]['bytes'] / 1e9:.2f}",
+        *(f"{size / MEGABYTE:.0f}" for size in (*sizes, bar)),
+        "met" if over <= 0 else f"over by {over / MEGABYTE:.0f}",
     ]
 
 
-def speed_row(row: Row, found: dict[str, float], state: str) -> list[str]:
+def speed_row(row: Row, found: list[dict[str, float]]) -> list[str]:
     """A row of the second table."""
+    size = found[0]["bytes"] / MEGABYTE
+    seconds = {what: [each[what] for each in found] for what in ("seconds", "cp", "cp + fsync")}
+    middle = {what: median(values) for what, values in seconds.items()}
     return [
         f"{row.layers}",
         row.name,
-        f"{found['bytes'] / 1e9:.2f}",
-        state,
-        *(f"{found['bytes'] / found[what] / MEGABYTE:.0f}" for what in ("seconds", "cp", "cp + fsync")),
-        *(f"{found[what] / found['seconds']:.2f}" for what in ("cp", "cp + fsync")),
+        f"{size / 1000:.2f}",
+        *(f"{size / middle[what]:.0f} ({size / max(v):.0f} to {size / min(v):.0f})" for what, v in seconds.items()),
+        *(f"{middle[what] / middle['seconds']:.2f}" for what in ("cp", "cp + fsync")),
     ]
 
 
@@ -224,7 +209,7 @@ def table_of(title: str, *columns: str) -> Table:
     """An empty table, numbers to the right."""
     table = Table(title=title)
     for column in columns:
-        table.add_column(column, justify="left" if column in ("", "recipe", "memory", "tool") else "right")
+        table.add_column(column, justify="left" if column in ("", "recipe", "tool") else "right")
     return table
 
 
@@ -275,6 +260,7 @@ def options_of_call() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=3072)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--max-shard-size", default="1GB")
+    parser.add_argument("--turns", type=int, default=5, help="of conversion and cp, for the larger output")
     parser.add_argument("--recipe", action="append", help="only these recipes")
     parser.add_argument("--folder", type=Path, help="where to work; the disk that is measured")
     parser.add_argument("--mergekit-moe", type=Path, help="the command to compare with, from an environment of its own")
@@ -297,8 +283,8 @@ def main() -> None:
     bar = ALLOWED + 2 * 3 * options.hidden * options.width * options.experts
     memory = table_of("Memory, MB (1 MB = 10^6 bytes)", "layers", "recipe", "GB", "main", "steps", "all", "bar", "")
     speed = table_of(
-        "Throughput, MB/s",
-        *("layers", "recipe", "GB", "memory", "conversion", "cp", "cp + fsync", "/ cp", "/ (cp + fsync)"),
+        f"Throughput, MB/s: median of {options.turns} (slowest to fastest)",
+        *("layers", "recipe", "GB", "conversion", "cp", "cp + fsync", "/ cp", "/ (cp + fsync)"),
     )
     if options.folder is not None:
         Path(options.folder).mkdir(parents=True, exist_ok=True)
@@ -308,13 +294,11 @@ def main() -> None:
         make_dense(small, 64, 64, 1)
         convert(small, small.with_name("first"), {"recipe": "copy", "verify": True, "max_shard_size": "1GB"})
         for row in rows:
-            for state in STATES if row.layers == most else ("idle",):
-                print(f"{row.layers} layers, {row.name}, {state}", file=sys.stderr, flush=True)
-                found = measure(Path(place), row, options, state)
-                if state == "idle":
-                    memory.add_row(*memory_row(row, found, bar))
-                if row.layers == most:
-                    speed.add_row(*speed_row(row, found, state))
+            print(f"{row.layers} layers, {row.name}", file=sys.stderr, flush=True)
+            found = measure(Path(place), row, options, options.turns if row.layers == most else 1)
+            memory.add_row(*memory_row(row, found, bar))
+            if row.layers == most:
+                speed.add_row(*speed_row(row, found))
         if options.mergekit_moe:
             source = Path(place) / f"dense{most}"
             others.append(
