@@ -101,10 +101,10 @@ def child(folder: str, target: str, options: dict[str, Any]) -> None:
     print(json.dumps({"seconds": seconds, "peak": peak, "started": started, "bytes": size}))
 
 
-def convert(source: Path, target: Path, options: dict[str, Any]) -> dict[str, float]:
+def convert(source: Path, target: Path, options: dict[str, Any], threads: int) -> dict[str, float]:
     """Run `child` in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.conversion", "--child", str(source), str(target), json.dumps(options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     together = 0
     with TemporaryFile("w+") as output:
         with subprocess.Popen(command, env=environment, start_new_session=True, stdout=output, stderr=output) as run:
@@ -169,7 +169,7 @@ def measure(place: Path, row: Row, options: argparse.Namespace, turns: int) -> l
     found = []
     for _ in range(turns):
         os.sync()  # neither of the two writes out what went before
-        converted = convert(source, target, wanted)
+        converted = convert(source, target, wanted, options.threads)
         os.sync()
         plain, synced = copy(target, copied)
         for folder in (target, copied):
@@ -261,6 +261,7 @@ def options_of_call() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--max-shard-size", default="1GB")
     parser.add_argument("--turns", type=int, default=5, help="of conversion and cp, for the larger output")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the conversion")
     parser.add_argument("--recipe", action="append", help="only these recipes")
     parser.add_argument("--folder", type=Path, help="where to work; the disk that is measured")
     parser.add_argument("--mergekit-moe", type=Path, help="the command to compare with, from an environment of its own")
@@ -292,7 +293,7 @@ def main() -> None:
     with TemporaryDirectory(dir=options.folder) as place:
         small = Path(place) / "small"
         make_dense(small, 64, 64, 1)
-        convert(small, small.with_name("first"), {"recipe": "copy", "verify": True, "max_shard_size": "1GB"})
+        convert(small, small.with_name("first"), {"recipe": "copy", "verify": True, "max_shard_size": "1GB"}, 1)
         for row in rows:
             print(f"{row.layers} layers, {row.name}", file=sys.stderr, flush=True)
             found = measure(Path(place), row, options, options.turns if row.layers == most else 1)
@@ -306,7 +307,7 @@ def main() -> None:
             )
     Console(width=150).print(memory, speed, *others)
     sizes = f"hidden {options.hidden}, width {options.width}, {options.experts} experts, bfloat16"
-    print(f"{sizes}; shards of {options.max_shard_size}; torch {torch.__version__}; one thread")
+    print(f"{sizes}; shards of {options.max_shard_size}; torch {torch.__version__}; {options.threads} threads")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from st_moe.conversion.tensor_files import (
     num_bytes,
     read_into,
 )
-from st_moe.conversion.writing import WriteBehind, checkpoint_of_progress, sync_folder, to_disk
+from st_moe.conversion.writing import WriteBehind, checkpoint_of_progress, made_ahead, sync_folder, to_disk
 
 logger = logging.get_logger(__name__)
 
@@ -266,7 +266,12 @@ def _data(shard: Shard, maker: _LayerMaker, settle: Callable[[], None]) -> Itera
             settle()  # pieces are views of a whole layer's memory
         tensor = maker.part(output)
         # Expert by expert, so that what is no plain memory is copied, and what is made when asked for, in pieces only.
-        pieces = (tensor,) if isinstance(tensor, Tensor) and tensor.ndim != 3 else tensor
+        pieces: Iterable[Tensor]
+        if isinstance(tensor, Pieces):
+            # With those that wait to be written no more than a layer, which has two weights of each expert.
+            pieces = made_ahead(tensor, min(torch.get_num_threads(), len(tensor) // 2))
+        else:
+            pieces = tensor if tensor.ndim == 3 else (tensor,)
         for piece in pieces:
             yield bytes_of(piece.contiguous())
         # A last view would keep a layer's memory while the next one is made.

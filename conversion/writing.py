@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,24 @@ def write_all(file: Any, data: Any) -> None:
     while view:
         # No more at a time than the processor's cache holds.
         view = view[file.write(view[: 2**20]) :]
+
+
+def made_ahead(pieces: Sequence[Any], threads: int) -> Iterator[Any]:
+    """The pieces in their order, of which so many are made, each in a thread of its own, while one is used.
+
+    With one thread none is made ahead. An error of a piece is raised in its turn.
+    """
+    if threads < 2:
+        yield from pieces
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[Any]] = deque()
+        for number in range(len(pieces)):
+            waiting.append(pool.submit(pieces.__getitem__, number))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 class WriteBehind:

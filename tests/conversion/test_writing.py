@@ -3,13 +3,14 @@
 import os
 import random
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from st_moe.conversion import writing
-from st_moe.conversion.writing import WriteBehind
+from st_moe.conversion.writing import WriteBehind, made_ahead
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -86,3 +87,52 @@ def test_what_goes_wrong_in_a_thread_is_raised(
             write(tmp_path / "file", pieces)
     threads = {thread.name for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name}
     assert not threads, "left behind"
+
+
+class Slow:
+    """Pieces that take a while to make, the later the shorter, and of which one may be broken."""
+
+    def __init__(self, count: int, broken: int = -1) -> None:
+        self.count, self.broken = count, broken
+        self.lock, self.begun, self.used, self.most = threading.Lock(), 0, 0, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> int:
+        if number >= self.count:
+            raise IndexError(number)
+        with self.lock:
+            self.begun += 1
+            self.most = max(self.most, self.begun - self.used)
+        time.sleep(0.02 * (self.count - number) / self.count)
+        if number == self.broken:
+            raise ValueError(f"piece {number}")
+        return number
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2, 5, 30])
+def test_pieces_are_made_ahead_in_order_and_not_too_many(threads: int) -> None:
+    pieces = Slow(12)
+    found = []
+    for piece in made_ahead(pieces, threads):
+        found.append(piece)
+        pieces.used += 1
+    assert found == list(range(12))
+    assert min(2, threads) <= pieces.most <= max(1, threads + 1)
+    assert list(made_ahead(Slow(0), threads)) == []
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_broken_piece_is_an_error_in_its_turn(threads: int) -> None:
+    found: list[int] = []
+    with pytest.raises(ValueError, match="piece 4"):
+        found.extend(made_ahead(Slow(9, broken=4), threads))
+    assert found == [0, 1, 2, 3]
+
+
+def test_who_stops_early_leaves_no_thread_behind() -> None:
+    ahead = made_ahead(Slow(1000), 3)
+    assert [next(ahead), next(ahead)] == [0, 1]
+    ahead.close()
+    assert not [thread for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name]
