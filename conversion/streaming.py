@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from st_moe.conversion.tensor_files import (
     num_bytes,
     read_into,
 )
-from st_moe.conversion.writing import WriteBehind, checkpoint_of_progress, made_ahead, sync_folder, to_disk
+from st_moe.conversion.writing import WriteBehind, checkpoint_of_progress, sync_folder, to_disk
 
 logger = logging.get_logger(__name__)
 
@@ -217,7 +218,7 @@ def write_shards(plan: Plan, workshop: Path, journal: Journal, advance: Callable
         plan: what to write.
         workshop: holds the folder `model`, which is filled.
         journal: of this plan.
-        advance: told the bytes that are on their way, as they are handed over.
+        advance: told the bytes that are written, as they are, in another thread.
 
     Raises:
         ValueError: when a file of the source changes meanwhile.
@@ -232,12 +233,11 @@ def write_shards(plan: Plan, workshop: Path, journal: Journal, advance: Callable
         maker.non_finite = {}
         unfinished = path.with_name(f"{shard.name}.unfinished")
         try:
-            with unfinished.open("wb", buffering=0) as file, WriteBehind(file) as behind:
-                for data in _data(shard, maker, behind.wait):
+            with unfinished.open("wb", buffering=0) as file, WriteBehind(file, maker.threads, advance) as behind:
+                for piece in _pieces(shard, maker, behind.wait):
                     checkpoint_of_progress("write")
-                    behind.write(data)
-                    advance(len(data))
-                    del data
+                    behind.write(piece)
+                    del piece
                 behind.finish()
         except OSError:
             unfinished.unlink(missing_ok=True)  # what is left on a full disk had better be whole
@@ -251,8 +251,8 @@ def write_shards(plan: Plan, workshop: Path, journal: Journal, advance: Callable
         journal.add(shard.name, shard.num_bytes, maker.non_finite)
 
 
-def _data(shard: Shard, maker: _LayerMaker, settle: Callable[[], None]) -> Iterator[Any]:
-    """The bytes of a file, piece by piece; `settle` returns when nobody needs earlier pieces any more."""
+def _pieces(shard: Shard, maker: _LayerMaker, settle: Callable[[], None]) -> Iterator[Any]:
+    """A file as buffers and functions that make one; `settle` returns when nobody needs earlier ones any more."""
     yield shard.header
     for output in shard.outputs:
         if output.stored:
@@ -262,20 +262,19 @@ def _data(shard: Shard, maker: _LayerMaker, settle: Callable[[], None]) -> Itera
                 yield bytes(chunk)
             maker.note(output.stored[0], bad)
             continue
-        if maker.layer != output.layer:
-            settle()  # pieces are views of a whole layer's memory
+        if maker.layer != output.layer and maker.holds_layer:
+            settle()
         tensor = maker.part(output)
-        # Expert by expert, so that what is no plain memory is copied, and what is made when asked for, in pieces only.
-        pieces: Iterable[Tensor]
         if isinstance(tensor, Pieces):
-            # With those that wait to be written no more than a layer, which has two weights of each expert.
-            pieces = made_ahead(tensor, min(torch.get_num_threads(), len(tensor) // 2))
+            yield from (partial(_bytes_of_piece, tensor, number) for number in range(len(tensor)))
         else:
-            pieces = tensor if tensor.ndim == 3 else (tensor,)
-        for piece in pieces:
-            yield bytes_of(piece.contiguous())
-        # A last view would keep a layer's memory while the next one is made.
-        del tensor, pieces, piece
+            # Expert by expert, so that what is no plain memory is copied in pieces only.
+            yield from (bytes_of(piece.contiguous()) for piece in (tensor if tensor.ndim == 3 else (tensor,)))
+        del tensor  # which would keep a layer's memory while the next one is made
+
+
+def _bytes_of_piece(pieces: Pieces, number: int) -> Any:
+    return bytes_of(pieces[number].contiguous())
 
 
 class _Sources(Sequence[FFNTensors]):
@@ -306,9 +305,18 @@ class _LayerMaker:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        # With the one that is written no more pieces at once than a layer has, of two weights for each expert.
+        fewest = min((layer.num_experts for layer in plan.layers.values()), default=1)
+        self.threads = max(1, min(torch.get_num_threads(), fewest // 2))
         self.layer = -1
         self.made: dict[str, Tensor | Pieces] = {}
         self.non_finite: dict[str, int] = {}
+
+    @property
+    def holds_layer(self) -> bool:
+        """Whether what is made of the present layer is in memory, and not one FFN seen many times, or still to make."""
+        tensors = (made for made in self.made.values() if isinstance(made, Tensor))
+        return any(tensor.ndim == 3 and tensor.stride(0) != 0 for tensor in tensors)
 
     def part(self, output: Output) -> Tensor | Pieces:
         """A tensor of a block, as the plan wants it.

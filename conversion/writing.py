@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,36 +39,21 @@ def write_all(file: Any, data: Any) -> None:
         view = view[file.write(view[: 2**20]) :]
 
 
-def made_ahead(pieces: Sequence[Any], threads: int) -> Iterator[Any]:
-    """The pieces in their order, of which so many are made, each in a thread of its own, while one is used.
-
-    With one thread none is made ahead. An error of a piece is raised in its turn.
-    """
-    if threads < 2:
-        yield from pieces
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[Any]] = deque()
-        for number in range(len(pieces)):
-            waiting.append(pool.submit(pieces.__getitem__, number))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
 class WriteBehind:
-    """Writes a file in one thread and has it on the disk bit by bit in another, while the caller makes what comes next.
+    """Makes pieces of a file in some threads, writes them in one, and has them on the disk bit by bit in another.
 
-    Two pieces at most wait to be written. What goes wrong is raised by a later call, at the latest by `finish`.
+    The caller goes on meanwhile, at most `threads` pieces ahead of the one that is written. What goes wrong is raised
+    by a later call, at the latest by `finish`.
 
     Args:
         file: unbuffered and open, until the block that this is used in has ended.
+        threads: how many pieces are made at once.
+        advance: told the bytes of each piece when it is written, in another thread.
     """
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._writer, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    def __init__(self, file: Any, threads: int, advance: Callable[[int], None]) -> None:
+        self._file, self._threads, self._advance = file, threads, advance
+        self._writer, self._makers, self._syncer = (ThreadPoolExecutor(most) for most in (1, threads, 1))
         self._waiting: deque[Future[None]] = deque()
         self._sync: Future[None] | None = None
         self._since_sync = 0
@@ -77,17 +62,18 @@ class WriteBehind:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for thread in (self._writer, self._syncer):
-            thread.shutdown(cancel_futures=True)
+        for threads in (self._writer, self._makers, self._syncer):  # the first waits for the second, and asks the third
+            threads.shutdown(cancel_futures=True)
 
-    def write(self, data: Any) -> None:
-        """Have a buffer written; it must stay as it is until `wait` or two more calls."""
-        while len(self._waiting) > 1:
+    def write(self, piece: Any) -> None:
+        """Have a piece written: a buffer, which must stay as it is until `wait`, or a function that makes one."""
+        while len(self._waiting) > self._threads:
             self._waiting.popleft().result()
-        self._waiting.append(self._writer.submit(self._write, data))
+        made = self._makers.submit(piece) if callable(piece) else piece
+        self._waiting.append(self._writer.submit(self._write, made))
 
     def wait(self) -> None:
-        """Return when all buffers are written."""
+        """Return when all pieces are written."""
         while self._waiting:
             self._waiting.popleft().result()
 
@@ -98,8 +84,10 @@ class WriteBehind:
             self._sync.result()
         to_disk(self._file.fileno())
 
-    def _write(self, data: Any) -> None:
+    def _write(self, piece: Any) -> None:
+        data = piece.result() if isinstance(piece, Future) else piece
         write_all(self._file, data)
+        self._advance(len(data))
         self._since_sync += len(data)
         if self._since_sync >= _BETWEEN_SYNCS and (self._sync is None or self._sync.done()):
             if self._sync is not None:

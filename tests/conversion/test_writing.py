@@ -1,138 +1,142 @@
-"""Writing behind: the same bytes in the same order, nothing swallowed, and little that waits."""
+"""Writing behind: the same bytes in the same order, nothing swallowed, and few pieces that wait."""
 
 import os
 import random
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from st_moe.conversion import writing
-from st_moe.conversion.writing import WriteBehind, made_ahead
+from st_moe.conversion.writing import WriteBehind
 
 pytestmark = pytest.mark.timeout(60)
 
 
-def pieces_of(seed: int) -> list[bytes]:
-    chance = random.Random(seed)
-    return [chance.randbytes(chance.choice([0, 1, 1000, 70_000])) for _ in range(40)]
-
-
-def write(path: Path, pieces: list[Any]) -> None:
-    with path.open("wb", buffering=0) as file, WriteBehind(file) as behind:
+def write(path: Path, pieces: Iterable[Any], threads: int = 2) -> list[int]:
+    told: list[int] = []
+    with path.open("wb", buffering=0) as file, WriteBehind(file, threads, told.append) as behind:
         for piece in pieces:
             behind.write(piece)
         behind.finish()
+    return told
+
+
+def threads_left() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name]
+
+
+def made_late(data: bytes, seconds: float) -> bytes:
+    time.sleep(seconds)
+    return data
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("between", [1, 100_000, 2**28])
-def test_bytes_arrive_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, between: int) -> None:
+def test_bytes_arrive_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, threads: int, between: int
+) -> None:
+    """Buffers, and pieces that take their time to be made, mixed."""
     monkeypatch.setattr(writing, "_BETWEEN_SYNCS", between)
     synced: list[int] = []
     fsync = os.fsync
     monkeypatch.setattr(writing.os, "fsync", lambda descriptor: (synced.append(descriptor), fsync(descriptor)))
-    pieces = pieces_of(seed)
-    write(tmp_path / "file", pieces)
-    assert (tmp_path / "file").read_bytes() == b"".join(pieces)
+    chance = random.Random(seed)
+    expected = [chance.randbytes(chance.choice([0, 1, 1000, 70_000])) for _ in range(40)]
+    pieces = [
+        data if chance.random() < 0.5 else partial(made_late, data, chance.choice([0, 0.003])) for data in expected
+    ]
+    assert write(tmp_path / "file", pieces, threads) == [len(data) for data in expected]
+    assert (tmp_path / "file").read_bytes() == b"".join(expected)
     assert len(synced) == 1 if between == 2**28 else len(synced) >= 2, "the last time for the rest"
+    assert not threads_left()
 
 
-def test_no_more_than_two_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third call returns only when the first buffer is written and may be used again."""
-    allowed, written = threading.Semaphore(0), []
+@pytest.mark.parametrize("threads", [1, 3])
+def test_few_pieces_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """One that is written, and as many as there are threads that make them; the next call waits for the first."""
+    allowed, written, lock = threading.Semaphore(0), [], threading.Lock()
+    made: list[int] = []
 
     def slow(file: Any, data: bytes) -> None:
         allowed.acquire()
         written.append(data)
 
+    def make(number: int) -> bytes:
+        with lock:
+            made.append(number)
+        return bytes([number])
+
     monkeypatch.setattr(writing, "write_all", slow)
-    with (tmp_path / "file").open("wb", buffering=0) as file, WriteBehind(file) as behind:
-        behind.write(b"1")
-        behind.write(b"2")
+    with (tmp_path / "file").open("wb", buffering=0) as file, WriteBehind(file, threads, lambda count: None) as behind:
+        for number in range(threads + 1):
+            behind.write(partial(make, number))
+        late = threading.Thread(target=behind.write, args=(partial(make, 99),))
+        late.start()
+        late.join(0.2)
+        assert late.is_alive()
+        assert sorted(made) == list(range(threads + 1))
         assert written == []
-        third = threading.Thread(target=behind.write, args=(b"3",))
-        third.start()
-        third.join(0.2)
-        assert third.is_alive()
         allowed.release()
-        third.join(10)
-        assert not third.is_alive()
-        assert written == [b"1"]
-        allowed.release(2)
+        late.join(10)
+        assert not late.is_alive()
+        assert written == [b"\0"]
+        allowed.release(threads + 1)
         behind.wait()
-        assert written == [b"1", b"2", b"3"]
+        assert written == [*(bytes([number]) for number in range(threads + 1)), bytes([99])]
+
+
+def test_pieces_are_made_at_once(tmp_path: Path) -> None:
+    """Each waits until the other is begun."""
+    both = threading.Barrier(2, timeout=30)
+
+    def make() -> bytes:
+        both.wait()
+        return b"x"
+
+    assert write(tmp_path / "file", [make] * 6) == [1] * 6
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("place", ["write_all", "fsync"])
+@pytest.mark.parametrize("place", ["write_all", "fsync", "make"])
 def test_what_goes_wrong_in_a_thread_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: BaseException
 ) -> None:
     """Also when only a sync on the way fails, for the system tells of a lost write but once."""
     calls: list[Any] = []
 
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any) -> bytes:
         calls.append(arguments)
         if len(calls) == 1:
             raise error
+        return b"x" * 1000
 
     monkeypatch.setattr(writing, "_BETWEEN_SYNCS", 1000)
-    monkeypatch.setattr(writing if place == "write_all" else writing.os, place, fail)
-    for pieces in ([b"x" * 1000], [b"x" * 1000] * 5):
+    if place != "make":
+        monkeypatch.setattr(writing if place == "write_all" else writing.os, place, fail)
+    piece: bytes | Callable[[], bytes] = fail if place == "make" else b"x" * 1000
+    for pieces in ([piece], [piece] * 9):
         calls.clear()
         with pytest.raises(type(error)):
             write(tmp_path / "file", pieces)
-    threads = {thread.name for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name}
-    assert not threads, "left behind"
+    assert not threads_left()
 
 
-class Slow:
-    """Pieces that take a while to make, the later the shorter, and of which one may be broken."""
+def test_an_error_of_the_caller_ends_the_threads(tmp_path: Path) -> None:
+    """Nothing is written to a file that is closed, and what is not begun is left."""
+    made: list[int] = []
 
-    def __init__(self, count: int, broken: int = -1) -> None:
-        self.count, self.broken = count, broken
-        self.lock, self.begun, self.used, self.most = threading.Lock(), 0, 0, 0
+    def pieces() -> Iterator[Any]:
+        for number in (1, 2):
+            yield lambda number=number: (time.sleep(0.05), made.append(number), b"x")[2]
+        raise ZeroDivisionError
 
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: int) -> int:
-        if number >= self.count:
-            raise IndexError(number)
-        with self.lock:
-            self.begun += 1
-            self.most = max(self.most, self.begun - self.used)
-        time.sleep(0.02 * (self.count - number) / self.count)
-        if number == self.broken:
-            raise ValueError(f"piece {number}")
-        return number
-
-
-@pytest.mark.parametrize("threads", [0, 1, 2, 5, 30])
-def test_pieces_are_made_ahead_in_order_and_not_too_many(threads: int) -> None:
-    pieces = Slow(12)
-    found = []
-    for piece in made_ahead(pieces, threads):
-        found.append(piece)
-        pieces.used += 1
-    assert found == list(range(12))
-    assert min(2, threads) <= pieces.most <= max(1, threads + 1)
-    assert list(made_ahead(Slow(0), threads)) == []
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_broken_piece_is_an_error_in_its_turn(threads: int) -> None:
-    found: list[int] = []
-    with pytest.raises(ValueError, match="piece 4"):
-        found.extend(made_ahead(Slow(9, broken=4), threads))
-    assert found == [0, 1, 2, 3]
-
-
-def test_who_stops_early_leaves_no_thread_behind() -> None:
-    ahead = made_ahead(Slow(1000), 3)
-    assert [next(ahead), next(ahead)] == [0, 1]
-    ahead.close()
-    assert not [thread for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name]
+    with pytest.raises(ZeroDivisionError):
+        write(tmp_path / "file", pieces(), 1)
+    assert not threads_left()
+    assert len(made) <= 2
