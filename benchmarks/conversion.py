@@ -11,7 +11,7 @@ Throughput is output bytes over wall time of the whole call, imports of the plan
 the disk (fsync), beside `cp` of the same bytes to the same disk. `cp` is done when the system has the bytes in memory;
 how long it takes until the disk has them too is a column of its own. Conversion and `cp` take turns, and the medians
 are compared: how fast a system takes bytes depends on what its memory was used for before. In a virtual machine it may
-have gone back to the host, and to get it again takes longer than to write to it.
+have gone back to the host, and to get it again takes longer than to write to it; `--rest` lets that happen before each.
 
 With `--mergekit-moe PATH` a third table has the whole processes `st-moe upcycle` and `mergekit-moe` on the same input.
 A small conversion goes before everything, so that no row reads the libraries from the disk.
@@ -142,6 +142,12 @@ def copy(source: Path, target: Path) -> tuple[float, float]:
     return copied, time.perf_counter() - start
 
 
+def settle(rest: float) -> None:
+    """Have nothing left to be written out, and some seconds of rest."""
+    os.sync()
+    time.sleep(rest)
+
+
 class Row(NamedTuple):
     """What is converted."""
 
@@ -168,9 +174,9 @@ def measure(place: Path, row: Row, options: argparse.Namespace, turns: int) -> l
     }
     found = []
     for _ in range(turns):
-        os.sync()  # neither of the two writes out what went before
+        settle(options.rest)
         converted = convert(source, target, wanted, options.threads)
-        os.sync()
+        settle(options.rest)
         plain, synced = copy(target, copied)
         for folder in (target, copied):
             shutil.rmtree(folder)
@@ -261,6 +267,7 @@ def options_of_call() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--max-shard-size", default="1GB")
     parser.add_argument("--turns", type=int, default=5, help="of conversion and cp, for the larger output")
+    parser.add_argument("--rest", type=float, default=0.0, help="seconds before each conversion and each cp")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the conversion")
     parser.add_argument("--recipe", action="append", help="only these recipes")
     parser.add_argument("--folder", type=Path, help="where to work; the disk that is measured")
@@ -307,7 +314,8 @@ def main() -> None:
             )
     Console(width=150).print(memory, speed, *others)
     sizes = f"hidden {options.hidden}, width {options.width}, {options.experts} experts, bfloat16"
-    print(f"{sizes}; shards of {options.max_shard_size}; torch {torch.__version__}; {options.threads} threads")
+    how = f"shards of {options.max_shard_size}; {options.threads} threads; {options.rest:g} s of rest"
+    print(f"{sizes}; {how}; torch {torch.__version__}")
 
 
 if __name__ == "__main__":
