@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -175,7 +176,11 @@ folder.upcycle_checkpoint(sys.argv[1], sys.argv[2], num_experts=3, recipe="noise
     ) -> None:
         command = [str(Path(sys.executable).with_name("st-moe")), "upcycle", str(stock), str(tmp_path / "moe")]
         command += ["--num-experts", "3", "--recipe", "noise", "--max-shard-size", "60KB"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+        # Who runs in the background of a shell is started with the signal ignored, and so are its children.
+        listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listening
+        ) as run:
             wait_for(lambda: (tmp_path / "moe.partial").exists())
             os.killpg(run.pid, signal.SIGINT)  # as a terminal does
             _, errors = run.communicate(timeout=30)
