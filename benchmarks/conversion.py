@@ -10,8 +10,9 @@ two processes share count once in "all", the sum of their proportional set sizes
 Throughput is output bytes over wall time of the whole call, imports of the plan included, which ends with everything on
 the disk (fsync), beside `cp` of the same bytes to the same disk. `cp` is done when the system has the bytes in memory;
 how long it takes until the disk has them too is a column of its own. Conversion and `cp` take turns, and the medians
-are compared: how fast a system takes bytes depends on what its memory was used for before. In a virtual machine it may
-have gone back to the host, and to get it again takes longer than to write to it; `--rest` lets that happen before each.
+are compared. How fast a system takes bytes depends on what its memory was used for before: in a virtual machine it may
+have gone back to the host, and to get it again takes longer than to write to it. Some seconds of rest before each let
+that happen for both, as where somebody types one command after the other; `--rest 0` leaves it to chance.
 
 With `--mergekit-moe PATH` a third table has the whole processes `st-moe upcycle` and `mergekit-moe` on the same input.
 A small conversion goes before everything, so that no row reads the libraries from the disk.
@@ -266,8 +267,8 @@ def options_of_call() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=3072)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--max-shard-size", default="1GB")
-    parser.add_argument("--turns", type=int, default=5, help="of conversion and cp, for the larger output")
-    parser.add_argument("--rest", type=float, default=0.0, help="seconds before each conversion and each cp")
+    parser.add_argument("--turns", type=int, default=3, help="of conversion and cp, for the larger output")
+    parser.add_argument("--rest", type=float, default=6.0, help="seconds before each conversion and each cp")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the conversion")
     parser.add_argument("--recipe", action="append", help="only these recipes")
     parser.add_argument("--folder", type=Path, help="where to work; the disk that is measured")
