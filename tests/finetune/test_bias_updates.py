@@ -3,8 +3,8 @@
 import copy
 import gc
 import pickle
-import socket
 import weakref
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -377,10 +377,13 @@ def test_a_skipped_step_moves_nothing(skipped: bool) -> None:
 # ----------------------------------------------------------------------------------------------------- several ranks
 
 
-def train_one_rank(rank: int, port: int, folder: Path) -> None:
+def train_one_rank(rank: int, folder: Path) -> None:
     """Every second row of each batch, under data parallelism; the routers' bias goes to a file."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    # By a file: a port that was free a moment ago may be taken. What hangs says where, before the test's time is over.
+    dist.init_process_group(
+        "gloo", f"file://{folder / 'rendezvous'}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     model = STMoEForCausalLM.from_pretrained(folder / "model").train()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     optimizer = sgd(model)
@@ -401,10 +404,7 @@ def test_two_ranks_move_it_like_one_process_on_both_ranks_data(tmp_path: Path) -
     # The language-model loss is linear in the batch; the balance loss is not.
     model = model_of(balance_loss_coef=0.0)
     model.save_pretrained(tmp_path / "model")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context: Any = torch.multiprocessing.spawn(train_one_rank, (port, tmp_path), nprocs=2, join=False)
+    context: Any = torch.multiprocessing.spawn(train_one_rank, (tmp_path,), nprocs=2, join=False)
     try:
         while not context.join(timeout=90):
             pass
