@@ -19,7 +19,7 @@ from transformers.utils import logging
 from st_moe.configuration import ROUTER_TYPES, STMoEConfig, check_own_code
 from st_moe.conversion.card import faults_of, model_card
 from st_moe.conversion.checkpoint import check_checkpoint, dense_config
-from st_moe.conversion.processes import in_a_child_if_light, only_run
+from st_moe.conversion.processes import Steps, in_a_child_if_light, only_run, steps_in_a_child_if_light
 from st_moe.conversion.streaming import Journal, Plan, write_shards
 from st_moe.conversion.writing import checkpoint_of_progress, sync_folder
 
@@ -126,9 +126,8 @@ def upcycle_checkpoint(
         _tidy(workshop, target)
         for one in sources:
             _check_destination(target, one, overwrite)
-        plan = plan_checkpoint(
+        request = _request(
             sources,
-            workshop / "fresh",
             recipe=recipe,
             recipe_options=recipe_options,
             router_std=router_std,
@@ -142,14 +141,18 @@ def upcycle_checkpoint(
             proof_text=proof_text,
             **mixture_fields,
         )
-        workshop.mkdir(parents=True, exist_ok=True)
-        journal = Journal(workshop, plan.digest + (" with code" if bundle_code else ""))
-        _check_room(plan, workshop, journal)
-        journal.non_finite = in_a_child_if_light(_write_weights, plan, workshop, journal)
-        (workshop / "computed").unlink(missing_ok=True)
-        folder = workshop / "model"
-        _write_texts(plan, folder)
-        proof = in_a_child_if_light(_proof, plan.sources[0], folder, proof_text) if verify else None
+        with steps_in_a_child_if_light(_steps_with_models, sources, workshop, request) as steps:
+            plan = next(steps)
+            workshop.mkdir(parents=True, exist_ok=True)
+            journal = Journal(workshop, plan.digest + (" with code" if bundle_code else ""))
+            _check_room(plan, workshop, journal)
+            if verify:
+                steps.begin()
+            journal.non_finite = in_a_child_if_light(_write_weights, plan, workshop, journal)
+            (workshop / "computed").unlink(missing_ok=True)
+            folder = workshop / "model"
+            _write_texts(plan, folder)
+            proof = _proof(steps) if verify else None
         if proof is not None:
             print(proof)  # noqa: T201 -- the proof is part of what the caller asked for
             with _keeping_nothing(workshop):
@@ -166,9 +169,22 @@ def upcycle_checkpoint(
     return proof
 
 
-def plan_checkpoint(
-    source: str | Path | Sequence[str | Path],
-    fresh: Path | None = None,
+def plan_checkpoint(source: str | Path | Sequence[str | Path], **settings: Any) -> Plan:
+    """What `upcycle_checkpoint` would write, after every check of its arguments and of the source; writes nothing.
+
+    Args:
+        source: as there.
+        settings: those arguments of it that say how experts and routers are made and written, and `verify`.
+
+    Raises:
+        ValueError: when an argument or the source is at fault.
+    """
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    return in_a_child_if_light(_plan, sources, None, _request(sources, **settings))
+
+
+def _request(
+    sources: Sequence[str | Path],
     *,
     recipe: str = "copy",
     recipe_options: Mapping[str, Any] | None = None,
@@ -182,23 +198,13 @@ def plan_checkpoint(
     verify: bool = True,
     proof_text: str | None = None,
     **mixture_fields: Any,
-) -> Plan:
-    """What `upcycle_checkpoint` would write, after every check of its arguments and of the source.
-
-    Args:
-        source, max_shard_size, verify, proof_text, mixture_fields, and how experts and routers are made: as there.
-        fresh: file to write with the parts that no recipe makes, beside which a file `computed` has the tensors that
-            the source's files hold otherwise; None writes nothing at all, and reads no text.
-
-    Raises:
-        ValueError: when an argument or the source is at fault.
-    """
-    sources = [source] if isinstance(source, str | Path) else list(source)
+) -> dict[str, Any]:
+    """What a plan is made of, after the checks that need no model classes."""
     if not sources or (len(sources) > 1 and recipe != "merge"):
         raise ValueError(f"source: must be one model with recipe {recipe!r}, got {len(sources)}; 'merge' takes several")
     for one in sources:
         check_checkpoint(one)
-    arguments = {
+    return {
         "recipe": recipe,
         "recipe_options": recipe_options or {},
         "router_std": router_std,
@@ -209,21 +215,32 @@ def plan_checkpoint(
         "max_shard_size": max_shard_size,
         "fields": mixture_fields,
     }
-    return in_a_child_if_light(_plan, sources, fresh, arguments)
 
 
-def _plan(sources: Sequence[str | Path], fresh: Path | None, arguments: Mapping[str, Any]) -> Plan:
+def _steps_with_models(sources: Sequence[str | Path], workshop: Path, request: Mapping[str, Any]) -> Iterator[Any]:
+    """What needs model classes: the plan; nothing, when the dense model has run; the proof, of what is written then."""
+    plan = _plan(sources, workshop / "fresh", request)
+    yield plan
+    from st_moe.conversion.from_disk import compare_folder, run_dense
+
+    reference = run_dense(plan.sources[0], workshop, request["proof_text"])
+    yield None
+    yield compare_folder(reference, workshop / "model")
+
+
+def _plan(sources: Sequence[str | Path], fresh: Path | None, request: Mapping[str, Any]) -> Plan:
+    """The plan, and in a file beside it, if one is given, the parts that no recipe makes, see `make_plan`."""
     from st_moe.conversion.plan import Models, make_plan
     from st_moe.conversion.router_init import RouterStart, check_router_init
 
-    others = dict(arguments)
+    others = dict(request)
     start = RouterStart(*others.pop("router"))
     check_router_init(*start[:3])
     folders = []
     for source in sources:
         if not Path(source).exists():
             # What can be wrong with the request shows before gigabytes are fetched.
-            Models(source, arguments["recipe"], arguments["recipe_options"], arguments["fields"])
+            Models(source, request["recipe"], request["recipe_options"], request["fields"])
             patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *_COMPANION_FILES]
             source = huggingface_hub.snapshot_download(str(source), allow_patterns=patterns)
             check_checkpoint(Path(source))
@@ -381,13 +398,12 @@ def _names_its_class(config: Path) -> bool:
         return False
 
 
-def _proof(source: str, folder: Path, text: str | None) -> IdentityProof:
-    """Measure how far the written mixture is from the dense model."""
+def _proof(steps: Steps) -> IdentityProof:
+    """The last two of `_steps_with_models`: how far the written mixture is from the dense model."""
     console = Console(stderr=True)
     with console.status("proof: both models, from the disk") if console.is_terminal else nullcontext():
-        from st_moe.conversion.from_disk import prove_folder
-
-        return prove_folder(source, folder, text)
+        next(steps)
+        return next(steps)
 
 
 def _judge(proof: IdentityProof, plan: Plan, journal: Journal, most: float | None) -> None:

@@ -11,16 +11,17 @@ from contextlib import contextmanager
 from functools import partial
 from logging import ERROR, getLogger
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from st_moe import modeling
 from st_moe.conversion.giving_back import GivingBack
-from st_moe.conversion.proof import IdentityProof, compared, inputs_of, outputs_of, proof_tokens
+from st_moe.conversion.proof import IdentityProof, Outputs, compared, inputs_of, outputs_of, proof_tokens
 from st_moe.conversion.upcycle import load_dense
 from st_moe.conversion.writing import checkpoint_of_progress
 
@@ -82,27 +83,45 @@ def _without_notes() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def prove_folder(source: str | Path, folder: Path, text: str | None = None) -> IdentityProof:
-    """Compare the outputs of a dense checkpoint and of the mixture in a folder, one module in memory at a time.
+class Reference(NamedTuple):
+    """What a mixture is compared with.
+
+    Attributes:
+        inputs, mask: as `inputs_of` gives them.
+        outputs: of the dense model.
+    """
+
+    inputs: Tensor
+    mask: Tensor
+    outputs: Outputs
+
+
+def run_dense(source: str | Path, place: Path, text: str | None = None) -> Reference:
+    """Run a dense checkpoint on a proof's inputs, one module in memory at a time.
 
     Args:
-        source: the dense checkpoint's folder.
-        folder: the mixture's.
-        text: what they are compared on, see `proof_tokens`.
+        source: the checkpoint's folder.
+        place: as for `run_from_disk`.
+        text: what it runs on, see `proof_tokens`.
 
     Raises:
         ValueError: when the text cannot be read in the model's tokens.
     """
 
-    def of_dense(dense: PreTrainedModel) -> Any:
-        tokens, mask = inputs_of(dense, proof_tokens(source, dense, text), None)
-        return tokens, mask, outputs_of(dense, tokens, mask)
+    def run(dense: PreTrainedModel) -> Reference:
+        inputs, mask = inputs_of(dense, proof_tokens(source, dense, text), None)
+        return Reference(inputs, mask, outputs_of(dense, inputs, mask))
 
-    tokens, mask, theirs = run_from_disk(partial(load_dense, source), folder.parent, of_dense)
+    return run_from_disk(partial(load_dense, source), place, run)
+
+
+def compare_folder(reference: Reference, folder: Path) -> IdentityProof:
+    """Compare the outputs of the mixture in a folder, one module in memory at a time, with its dense parent's."""
     name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     load = partial(load_from_disk, getattr(modeling, name), folder, "auto")
-    ours = run_from_disk(load, folder.parent, lambda sparse: outputs_of(sparse, tokens, mask))
-    return compared(theirs, ours, tokens, mask)
+    inputs, mask, theirs = reference
+    ours = run_from_disk(load, folder.parent, lambda sparse: outputs_of(sparse, inputs, mask))
+    return compared(theirs, ours, inputs, mask)
 
 
 def load_from_disk(

@@ -11,14 +11,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import current_process, get_context
 from pathlib import Path
 from tempfile import gettempdir
 from threading import Thread
 from traceback import format_exc
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import torch
 from rich.console import Console
 
 Result = TypeVar("Result")
@@ -70,40 +71,110 @@ def only_run(target: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def in_a_child_if_light(function: Callable[..., Result], *arguments: Any) -> Result:
-    """What a function returns: run in a child, whose memory ends with it, as long as this process has no model classes.
+class Steps(Protocol):
+    """What a generator yields, asked for one by one."""
+
+    def begin(self) -> None:
+        """Have the next one made meanwhile, where somebody else can."""
+
+    def __next__(self) -> Any:
+        """The next one; what the generator raises is raised here."""
+
+
+@contextmanager
+def steps_in_a_child_if_light(steps: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Steps]:
+    """A generator's steps: in a child, whose memory ends with the block, as long as this process has no model classes.
 
     Raises:
-        ChildProcessError: when the child ends without an answer; what the function raises is raised here.
+        ChildProcessError: in the block, when the child ends without an answer.
     """
     light = sys.platform == "linux" and "transformers.modeling_utils" not in sys.modules
     if light and not current_process().daemon:  # those may not have children
-        return in_a_child(function, *arguments)
-    return function(*arguments)
+        with Child(steps, *arguments) as child:
+            yield child
+    else:
+        yield _StepsHere(steps(*arguments))
 
 
-def in_a_child(function: Callable[..., Result], *arguments: Any) -> Result:
-    """What a function returns in a forked process, which shares what is imported here and ends with it."""
-    context = get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, os.getpid(), function, arguments), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        answer, error, trace = receiver.recv()
-    except EOFError:
-        process.join()
-        reason = "; was there enough memory?" if process.exitcode == -signal.SIGKILL else ""
-        raise ChildProcessError(f"a step of the conversion ended with code {process.exitcode}{reason}") from None
-    except KeyboardInterrupt:
-        process.kill()
-        process.join()
-        Console(stderr=True).show_cursor()  # which the child's bar had hidden
-        raise
-    process.join()
-    if error is not None:
-        raise error from ChildTrace(trace)
-    return answer
+def in_a_child_if_light(function: Callable[..., Result], *arguments: Any) -> Result:
+    """What a function returns, as the one step of `steps_in_a_child_if_light`."""
+    with steps_in_a_child_if_light(_only, function, *arguments) as steps:
+        return next(steps)
+
+
+class _StepsHere:
+    """Steps in this process."""
+
+    def __init__(self, steps: Iterator[Any]) -> None:
+        self._steps = steps
+
+    def begin(self) -> None:
+        """Nobody else can."""
+
+    def __next__(self) -> Any:
+        return next(self._steps)
+
+
+class Child:
+    """Steps in a forked process, which shares what is imported here and ends with the block that this is used in.
+
+    Args:
+        steps: a generator function.
+        arguments: of it.
+    """
+
+    def __init__(self, steps: Callable[..., Iterator[Any]], *arguments: Any) -> None:
+        context = get_context("fork")
+        self._pipe, theirs = context.Pipe()
+        ends = (self._pipe, theirs)
+        self._process = context.Process(target=_live, args=(ends, os.getpid(), steps, arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._begun = False
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None or self._begun:
+            self._process.kill()
+        self._pipe.close()  # which the child, where it waits for another step, takes as the end
+        self._process.join()
+        if kind is KeyboardInterrupt:
+            Console(stderr=True).show_cursor()  # which the child's bar had hidden
+
+    def begin(self) -> None:
+        """Have the next step made, and do not wait for it."""
+        self._ask(meanwhile=True)
+
+    def _ask(self, meanwhile: bool) -> None:
+        if not self._begun:
+            with suppress(ConnectionError):  # it is gone, which is told to whoever waits for the step
+                self._pipe.send(meanwhile)
+        self._begun = True
+
+    def __next__(self) -> Any:
+        """What the next step yields.
+
+        Raises:
+            ChildProcessError: when the child ends without an answer.
+        """
+        self._ask(meanwhile=False)
+        try:
+            answer, error, trace = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            code = self._process.exitcode
+            reason = "; was there enough memory?" if code == -signal.SIGKILL else ""
+            raise ChildProcessError(f"a step of the conversion ended with code {code}{reason}") from None
+        self._begun = False
+        if error is not None:
+            raise error from ChildTrace(trace)
+        return answer
+
+
+def _only(function: Callable[..., Result], *arguments: Any) -> Iterator[Result]:
+    yield function(*arguments)
 
 
 class ChildTrace(Exception):
@@ -120,30 +191,42 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def _answer(sender: Any, parent: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Run the function and send what comes of it; die with the parent, which nobody else could stop."""
+def _live(ends: tuple[Any, Any], parent: int, steps: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]) -> None:
+    """Go through the steps as the parent asks for them; die with the parent, which nobody else could stop."""
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+    ends[0].close()  # or the parent's end would stay open here when the parent closes it
     _spare_memory(libc)
-    answers: list[tuple[Any, BaseException | None, str]] = []
-
-    def run() -> None:
-        try:
-            answers.append((function(*arguments), None, ""))
-        except BaseException as error:  # noqa: BLE001 -- raised again by the parent
-            answers.append((None, _that_travels(error), format_exc()))
-
     # OpenMP's pool belongs to the thread that started it and is gone after a fork, where that thread would wait for it
     # forever. A new thread starts a pool of its own.
-    thread = Thread(target=run)
+    thread = Thread(target=_answer, args=(ends[1], steps, arguments))
     thread.start()
     try:
         thread.join()
     except KeyboardInterrupt:
         os._exit(_INTERRUPTED)  # the parent was interrupted too, and says so
-    sender.send(answers[0])
+
+
+def _answer(pipe: Any, steps: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]) -> None:
+    """Send what each step yields, or what goes wrong, whenever one is asked for."""
+    left, threads = steps(*arguments), torch.get_num_threads()
+    while True:
+        try:
+            meanwhile = pipe.recv()
+        except EOFError:
+            return
+        # Threads of one operation wait for each other, and do not rest while they do: too many cost all of them time.
+        torch.set_num_threads(max(1, threads // 2) if meanwhile else threads)
+        answer: tuple[Any, BaseException | None, str]
+        try:
+            answer = next(left), None, ""
+        except BaseException as error:  # noqa: BLE001 -- raised again by the parent
+            answer = None, _that_travels(error), format_exc()
+        pipe.send(answer)
+        del answer
+        return_freed_memory()
 
 
 def _that_travels(error: BaseException) -> BaseException:

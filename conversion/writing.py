@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _BETWEEN_SYNCS = 2**28  # bytes; more that the disk does not have yet would have to be waited for at the end
 
 
@@ -53,7 +55,10 @@ class WriteBehind:
 
     def __init__(self, file: Any, threads: int, advance: Callable[[int], None]) -> None:
         self._file, self._threads, self._advance = file, threads, advance
-        self._writer, self._makers, self._syncer = (ThreadPoolExecutor(most) for most in (1, threads, 1))
+        self._writer, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        # Operations that took several processors would only wait for each other.
+        self._torch_threads = torch.get_num_threads()
+        self._makers = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         self._waiting: deque[Future[None]] = deque()
         self._sync: Future[None] | None = None
         self._since_sync = 0
@@ -64,6 +69,7 @@ class WriteBehind:
     def __exit__(self, *error: object) -> None:
         for threads in (self._writer, self._makers, self._syncer):  # the first waits for the second, and asks the third
             threads.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._torch_threads)  # for threads to come; a setting holds for its thread and for those
 
     def write(self, piece: Any) -> None:
         """Have a piece written: a buffer, which must stay as it is until `wait`, or a function that makes one."""

@@ -102,7 +102,7 @@ def test_code_that_cannot_travel_is_refused_before_any_work(
     before = contents(tmp_path)
     monkeypatch.setattr(LlamaForCausalLM.config_class, "__module__", "elsewhere.llama")
     with monkeypatch.context() as patch:
-        patch.setattr(folder_module, "plan_checkpoint", lambda *args, **kwargs: pytest.fail("work was done"))
+        patch.setattr(folder_module, "_plan", lambda *args, **kwargs: pytest.fail("work was done"))
         with pytest.raises(ValueError, match=r"dense_model_type: must be .* got 'llama' from elsewhere\.llama"):
             convert(dense, tmp_path / "moe", bundle_code=True)
         # What is wrong besides is said by the plan.

@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +69,14 @@ def test_a_second_run_for_one_destination_is_refused(
     assert contents(tmp_path / "moe") == contents(tmp_path / "other") == straight
 
 
+def in_a_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    def steps() -> Iterator[Any]:
+        yield function(*arguments)
+
+    with processes.Child(steps) as child:
+        return next(child)
+
+
 def _kill_itself() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -74,22 +84,103 @@ def _kill_itself() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 class TestChild:
     def test_it_answers_raises_or_is_missed(self) -> None:
-        assert processes.in_a_child(divmod, 7, 2) == (3, 1)
+        assert in_a_child(divmod, 7, 2) == (3, 1)
         with pytest.raises(ZeroDivisionError):
-            processes.in_a_child(divmod, 7, 0)
+            in_a_child(divmod, 7, 0)
         with pytest.raises(ChildProcessError, match=r"a step of the conversion ended with code 3$"):
-            processes.in_a_child(os._exit, 3)
+            in_a_child(os._exit, 3)
         with pytest.raises(ChildProcessError, match="ended with code -9; was there enough memory"):
-            processes.in_a_child(_kill_itself)
+            in_a_child(_kill_itself)
         with pytest.raises(SystemExit, match="7"):
-            processes.in_a_child(sys.exit, 7)
+            in_a_child(sys.exit, 7)
+
+    def test_a_step_is_made_meanwhile_only_where_that_was_asked_for(self, tmp_path: Path) -> None:
+        def steps() -> Iterator[int]:
+            for number in range(3):
+                (tmp_path / str(number)).touch()
+                yield number
+
+        with processes.Child(steps) as child:
+            assert next(child) == 0
+            time.sleep(0.2)
+            assert [path.name for path in tmp_path.iterdir()] == ["0"]
+            child.begin()
+            child.begin()
+            wait_for((tmp_path / "1").exists)
+            assert next(child) == 1
+            time.sleep(0.2)
+            assert not (tmp_path / "2").exists()
+            assert next(child) == 2
+            with pytest.raises(StopIteration):
+                next(child)
+
+    def test_a_step_that_is_made_meanwhile_takes_half_of_the_threads(self) -> None:
+        def steps() -> Iterator[int]:
+            while True:
+                yield torch.get_num_threads()
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(6)
+        try:
+            with processes.Child(steps) as child:
+                alone = next(child)
+                child.begin()
+                assert (alone, next(child), next(child)) == (6, 3, 6)
+        finally:
+            torch.set_num_threads(before)
+
+    @pytest.mark.parametrize("how", ["raises", "is not asked for", "is killed", "is gone already"])
+    def test_what_becomes_of_a_step_that_was_begun(self, how: str) -> None:
+        def steps() -> Iterator[int]:
+            yield os.getpid()
+            if how == "raises":
+                raise ValueError("what is wrong")
+            if how == "is killed":
+                _kill_itself()
+            time.sleep(60)
+            yield 0
+
+        start = time.monotonic()
+        with processes.Child(steps) as child:
+            process = next(child)
+            if how == "is gone already":
+                os.kill(process, signal.SIGKILL)
+                wait_for(lambda: gone(process))
+            child.begin()
+            if how == "raises":
+                with pytest.raises(ValueError, match="what is wrong"):
+                    next(child)
+            elif how != "is not asked for":
+                with pytest.raises(ChildProcessError, match="ended with code -9"):
+                    next(child)
+        assert gone(process)
+        assert time.monotonic() - start < 30
+
+    @pytest.mark.parametrize("begun", [False, True])
+    def test_it_ends_with_the_block_that_fails(self, begun: bool) -> None:
+        def steps() -> Iterator[int]:
+            yield os.getpid()
+            time.sleep(60)
+            yield 0
+
+        def fail() -> None:
+            with processes.Child(steps) as child:
+                found.append(next(child))
+                if begun:
+                    child.begin()
+                raise ZeroDivisionError
+
+        found: list[int] = []
+        with pytest.raises(ZeroDivisionError):
+            fail()
+        assert gone(found[0])
 
     def test_exceptions_keep_their_trace_and_travel_as_well_as_they_can(self) -> None:
         def fail() -> None:
             {}["a key that is not there"]
 
         with pytest.raises(KeyError) as caught:
-            processes.in_a_child(fail)
+            in_a_child(fail)
         assert "in fail" in str(caught.value.__cause__)
 
         class Local(Exception):
@@ -99,17 +190,17 @@ class TestChild:
             raise Local("what it says")
 
         with pytest.raises(RuntimeError, match=r"^Local: what it says$"):
-            processes.in_a_child(raise_local)
+            in_a_child(raise_local)
 
     def test_it_uses_threads_after_its_parent_did(self) -> None:
         """A fork leaves OpenMP's pool behind, and whoever waits for it waits forever."""
         code = """
 import torch
-from st_moe.conversion.processes import in_a_child
+from st_moe.conversion.processes import in_a_child_if_light
 torch.set_num_threads(2)
 x = torch.ones(600, 600)
 work = lambda: (x @ x).relu().sum().item()
-print(work(), in_a_child(work))
+print(work(), in_a_child_if_light(work))
 """
         environment = os.environ | {"OMP_NUM_THREADS": "2"}
         run = subprocess.run(
@@ -144,7 +235,7 @@ print(work(), in_a_child(work))
             subprocess.run(light(stock, tmp_path / "moe"), capture_output=True, timeout=120, check=True)
         assert contents(tmp_path / "moe") == straight
 
-    @pytest.mark.parametrize("step", ["_plan", "_write_weights", "_proof"])
+    @pytest.mark.parametrize("step", ["plan", "dense run", "weights", "proof"])
     def test_no_step_outlives_its_run(self, step: str, stock: Path, straight: dict[str, bytes], tmp_path: Path) -> None:
         code = f"""
 import os, sys, time
@@ -155,7 +246,15 @@ def wait(*arguments):
     Path(sys.argv[3]).write_text(str(os.getpid()))
     time.sleep(60)
 
-folder.{step} = wait
+def steps(*arguments):
+    for name, value in zip(["plan", "dense run", "proof"], real(*arguments)):
+        if name == {step!r}:
+            wait()
+        yield value
+
+real, folder._steps_with_models = folder._steps_with_models, steps
+if {step!r} == "weights":
+    folder._write_weights = wait
 folder.upcycle_checkpoint(sys.argv[1], sys.argv[2], num_experts=3, recipe="noise", max_shard_size="60KB")
 """
         noted = tmp_path / "noted"

@@ -30,7 +30,7 @@ from st_moe.conversion import plan as plan_module
 from st_moe.conversion import stored as stored_module
 from st_moe.conversion.card import plan_table
 from st_moe.conversion.folder import plan_checkpoint
-from st_moe.conversion.from_disk import prove_folder
+from st_moe.conversion.from_disk import compare_folder, run_dense
 from st_moe.conversion.proof import PROOF_TEXT, IdentityProof, prove_identity
 from st_moe.conversion.tensor_files import header_of, read_header, read_into
 from tests.conversion.conftest import contents
@@ -304,6 +304,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None
         return events
 
     return install
+
+
+def prove_folder(source: Path, folder: Path, text: str | None = None) -> IdentityProof:
+    return compare_folder(run_dense(source, folder.parent, text), folder)
 
 
 def convert(dense: Path, target: Path, **fields: Any) -> Any:
@@ -718,7 +722,7 @@ def test_running_out_of_memory_is_no_reason_to_take_more(
 
 def test_a_proof_that_is_not_a_number_fails(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proof = IdentityProof(float("nan"), 1.0, 1.0, 64, 1e-4)
-    monkeypatch.setattr(from_disk, "prove_folder", lambda *arguments: proof)
+    monkeypatch.setattr(from_disk, "compare_folder", lambda *arguments: proof)
     with pytest.raises(RuntimeError, match="should compute the dense function and does not"):
         convert(stock, tmp_path / "moe", recipe="copy", verify=True)
     assert not (tmp_path / "moe").exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from st_moe.conversion import writing
 from st_moe.conversion.writing import WriteBehind
@@ -55,6 +56,27 @@ def test_bytes_arrive_in_order(
     assert (tmp_path / "file").read_bytes() == b"".join(expected)
     assert len(synced) == 1 if between == 2**28 else len(synced) >= 2, "the last time for the rest"
     assert not threads_left()
+
+
+def test_pieces_are_made_on_one_thread_each(tmp_path: Path) -> None:
+    """More would wait for each other; who called, and whoever starts later, has as many as before."""
+    found: list[int] = []
+
+    def make() -> bytes:
+        found.append(torch.get_num_threads())
+        return b"1"
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        write(tmp_path / "file", [make, make, make])
+        assert found == [1, 1, 1]
+        later = threading.Thread(target=make)
+        later.start()
+        later.join()
+        assert (found[3], torch.get_num_threads()) == (5, 5)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
