@@ -148,6 +148,8 @@ def upcycle_checkpoint(
             _check_room(plan, workshop, journal)
             if verify:
                 steps.begin()
+            else:
+                steps.close()
             journal.non_finite = in_a_child_if_light(_write_weights, plan, workshop, journal)
             (workshop / "computed").unlink(missing_ok=True)
             folder = workshop / "model"

@@ -80,6 +80,9 @@ class Steps(Protocol):
     def __next__(self) -> Any:
         """The next one; what the generator raises is raised here."""
 
+    def close(self) -> None:
+        """No more will be asked for."""
+
 
 @contextmanager
 def steps_in_a_child_if_light(steps: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Steps]:
@@ -114,6 +117,9 @@ class _StepsHere:
     def __next__(self) -> Any:
         return next(self._steps)
 
+    def close(self) -> None:
+        """What was imported stays."""
+
 
 class Child:
     """Steps in a forked process, which shares what is imported here and ends with the block that this is used in.
@@ -136,12 +142,18 @@ class Child:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is not None or self._begun:
+        if kind is not None:
+            self._process.kill()
+        self.close()
+        if kind is KeyboardInterrupt:
+            Console(stderr=True).show_cursor()  # which the child's bar had hidden
+
+    def close(self) -> None:
+        """Return when the process has ended."""
+        if self._begun:
             self._process.kill()
         self._pipe.close()  # which the child, where it waits for another step, takes as the end
         self._process.join()
-        if kind is KeyboardInterrupt:
-            Console(stderr=True).show_cursor()  # which the child's bar had hidden
 
     def begin(self) -> None:
         """Have the next step made, and do not wait for it."""
