@@ -412,7 +412,10 @@ class STMoEConfig(PreTrainedConfig):
         import torch
 
         with torch.device("meta"):
-            model = auto_class_of(self).from_config(self)
+            return self.parameters_of(auto_class_of(self).from_config(self), active)
+
+    def parameters_of(self, model: Any, active: bool = False) -> int:
+        """As `num_parameters`, of a model of this config that is there."""
         total = sum(parameter.numel() for parameter in model.parameters())
         if not active:
             return total

@@ -37,7 +37,9 @@ class GivingBack(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor) and sys.platform == "linux":
-            read = [tensor for tensor in _tensors((*args, *kwargs.values())) if _reads(tensor, result)]
+            tensors = list(_tensors((*args, *kwargs.values())))
+            large = _size(tensors) >= _LEAST_GIVEN_BACK  # which is sooner seen than what was read
+            read = [tensor for tensor in tensors if _reads(tensor, result)] if large else []
             if _size(read) >= _LEAST_GIVEN_BACK:
                 self._give_back(read)
         return result

@@ -258,8 +258,8 @@ def _facts(models: Models, options: Mapping[str, Any]) -> dict[str, Any]:
         "choices": choices,
         "sparse_layers": len(config.sparse_layer_indices),
         "layers": config.num_hidden_layers,
-        "total": models.sparse.num_parameters(),
-        "active": config.num_parameters(active=True),
+        "total": config.parameters_of(models.sparse),
+        "active": config.parameters_of(models.sparse, active=True),
         "exact": models.recipe.keeps_function(options, config),
     }
 
