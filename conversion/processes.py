@@ -134,9 +134,14 @@ class Child:
         self._pipe, theirs = context.Pipe()
         ends = (self._pipe, theirs)
         self._process = context.Process(target=_live, args=(ends, os.getpid(), steps, arguments), daemon=True)
-        self._process.start()
-        theirs.close()
         self._begun = False
+        try:
+            with _undisturbed():
+                self._process.start()
+            theirs.close()
+        except KeyboardInterrupt:
+            self._process.kill()
+            raise
 
     def __enter__(self) -> Child:
         return self
@@ -185,6 +190,16 @@ class Child:
         return answer
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """An interruption waits for the end of the block: in what Python does around a fork it would be lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _only(function: Callable[..., Result], *arguments: Any) -> Iterator[Result]:
     yield function(*arguments)
 
@@ -216,6 +231,7 @@ def _live(ends: tuple[Any, Any], parent: int, steps: Callable[..., Iterator[Any]
     thread = Thread(target=_answer, args=(ends[1], steps, arguments))
     thread.start()
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         thread.join()
     except KeyboardInterrupt:
         os._exit(_INTERRUPTED)  # the parent was interrupted too, and says so

@@ -46,13 +46,13 @@ class Pieces(Sequence[Tensor]):
     """One parameter of all experts, of which each expert's is made when it is asked for, and takes no memory before.
 
     Args:
-        make: gives an expert's, in memory of its own, and always the same.
+        fill: makes an expert's, always the same, in a contiguous tensor that it is given with the expert's number.
         like: the dense parameter, whose shape, dtype and device each has.
         count: E.
     """
 
-    def __init__(self, make: Callable[[int], Tensor], like: Tensor, count: int) -> None:
-        self._make, self._like = make, like
+    def __init__(self, fill: Callable[[int, Tensor], None], like: Tensor, count: int) -> None:
+        self.fill, self._like = fill, like
         self.shape, self.dtype = torch.Size((count, *like.shape)), like.dtype
 
     def __len__(self) -> int:
@@ -61,13 +61,15 @@ class Pieces(Sequence[Tensor]):
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._make(index)
+        made = self._like.new_empty(self._like.shape)
+        self.fill(index, made)
+        return made
 
     def stacked(self) -> Tensor:
         """All of them, [E, ...]."""
         whole = self._like.new_empty(self.shape)
-        for place, piece in zip(whole, self, strict=True):
-            place.copy_(piece)
+        for expert, place in enumerate(whole):
+            self.fill(expert, place)
         return whole
 
 
@@ -478,12 +480,10 @@ def _varied(
     seeds = torch.randint(2**62, (num_experts, 3), generator=generator).tolist()
 
     def pieces(weight: Tensor, change: _Change, own: int) -> Pieces:
-        def make(expert: int) -> Tensor:
-            varied = weight.clone(memory_format=torch.contiguous_format)
-            change(varied, *(torch.Generator().manual_seed(seeds[expert][place]) for place in (0, own)))
-            return varied
+        def fill(expert: int, varied: Tensor) -> None:
+            change(varied.copy_(weight), *(torch.Generator().manual_seed(seeds[expert][place]) for place in (0, own)))
 
-        return Pieces(make, weight, num_experts)
+        return Pieces(fill, weight, num_experts)
 
     w_in, w_out, b_in, b_out = ffn
     biases = (None if bias is None else bias.expand(num_experts, -1) for bias in (b_in, b_out))

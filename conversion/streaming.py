@@ -31,7 +31,7 @@ from st_moe.conversion.tensor_files import (
     num_bytes,
     read_into,
 )
-from st_moe.conversion.writing import WriteBehind, checkpoint_of_progress, sync_folder, to_disk
+from st_moe.conversion.writing import Later, WriteBehind, checkpoint_of_progress, sync_folder, to_disk
 
 logger = logging.get_logger(__name__)
 
@@ -252,7 +252,7 @@ def write_shards(plan: Plan, workshop: Path, journal: Journal, advance: Callable
 
 
 def _pieces(shard: Shard, maker: _LayerMaker, settle: Callable[[], None]) -> Iterator[Any]:
-    """A file as buffers and functions that make one; `settle` returns when nobody needs earlier ones any more."""
+    """A file as buffers, made or for later; `settle` returns when nobody needs earlier ones any more."""
     yield shard.header
     for output in shard.outputs:
         if output.stored:
@@ -266,15 +266,16 @@ def _pieces(shard: Shard, maker: _LayerMaker, settle: Callable[[], None]) -> Ite
             settle()
         tensor = maker.part(output)
         if isinstance(tensor, Pieces):
-            yield from (partial(_bytes_of_piece, tensor, number) for number in range(len(tensor)))
+            size = num_bytes(output.dtype, output.shape[1:])
+            yield from (Later(size, partial(_fill, tensor, number)) for number in range(len(tensor)))
         else:
             # Expert by expert, so that what is no plain memory is copied in pieces only.
             yield from (bytes_of(piece.contiguous()) for piece in (tensor if tensor.ndim == 3 else (tensor,)))
         del tensor  # which would keep a layer's memory while the next one is made
 
 
-def _bytes_of_piece(pieces: Pieces, number: int) -> Any:
-    return bytes_of(pieces[number].contiguous())
+def _fill(pieces: Pieces, number: int, buffer: Tensor) -> None:
+    pieces.fill(number, buffer.view(pieces.dtype).view(pieces.shape[1:]))
 
 
 class _Sources(Sequence[FFNTensors]):
@@ -325,8 +326,9 @@ class _LayerMaker:
             RuntimeError: when a recipe makes another shape or dtype than the config says.
         """
         if self.layer != output.layer:
-            self.made = {}  # freed before the next layer takes its place
-            return_freed_memory()
+            held, self.made = self.holds_layer, {}  # freed before the next layer takes its place
+            if held:
+                return_freed_memory()
             self.made, self.layer = self._make(self.plan.layers[output.layer]), output.layer
         tensor = self.made[output.part]
         if (tuple(tensor.shape), tensor.dtype) != (output.shape, DTYPES[output.dtype]):

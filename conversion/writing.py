@@ -7,9 +7,10 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 _BETWEEN_SYNCS = 2**28  # bytes; more that the disk does not have yet would have to be waited for at the end
 
@@ -41,8 +42,22 @@ def write_all(file: Any, data: Any) -> None:
         view = view[file.write(view[: 2**20]) :]
 
 
+class Later(NamedTuple):
+    """A piece of a file that is still to be made.
+
+    Attributes:
+        size: in bytes.
+        fill: makes it in a uint8 tensor of that size.
+    """
+
+    size: int
+    fill: Callable[[Tensor], object]
+
+
 class WriteBehind:
     """Makes pieces of a file in some threads, writes them in one, and has them on the disk bit by bit in another.
+
+    Pieces are made in buffers that are used again: fresh memory from the system takes as long as writing to it.
 
     The caller goes on meanwhile, at most `threads` pieces ahead of the one that is written. What goes wrong is raised
     by a later call, at the latest by `finish`.
@@ -60,6 +75,7 @@ class WriteBehind:
         self._torch_threads = torch.get_num_threads()
         self._makers = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         self._waiting: deque[Future[None]] = deque()
+        self._free: deque[Tensor] = deque()
         self._sync: Future[None] | None = None
         self._since_sync = 0
 
@@ -72,10 +88,10 @@ class WriteBehind:
         torch.set_num_threads(self._torch_threads)  # for threads to come; a setting holds for its thread and for those
 
     def write(self, piece: Any) -> None:
-        """Have a piece written: a buffer, which must stay as it is until `wait`, or a function that makes one."""
+        """Have a piece written: a buffer, which must stay as it is until `wait`, or one for `Later`."""
         while len(self._waiting) > self._threads:
             self._waiting.popleft().result()
-        made = self._makers.submit(piece) if callable(piece) else piece
+        made = self._makers.submit(self._make, piece) if isinstance(piece, Later) else piece
         self._waiting.append(self._writer.submit(self._write, made))
 
     def wait(self) -> None:
@@ -90,11 +106,28 @@ class WriteBehind:
             self._sync.result()
         to_disk(self._file.fileno())
 
+    def _make(self, piece: Later) -> tuple[Tensor, int]:
+        """A buffer with the piece at its start, and the piece's size."""
+        try:
+            buffer = self._free.popleft()
+        except IndexError:
+            buffer = torch.empty(0, dtype=torch.uint8)
+        if len(buffer) < piece.size:
+            del buffer  # before another takes its place
+            buffer = torch.empty(piece.size, dtype=torch.uint8)
+        piece.fill(buffer[: piece.size])
+        return buffer, piece.size
+
     def _write(self, piece: Any) -> None:
-        data = piece.result() if isinstance(piece, Future) else piece
-        write_all(self._file, data)
-        self._advance(len(data))
-        self._since_sync += len(data)
+        if isinstance(piece, Future):
+            buffer, size = piece.result()
+            write_all(self._file, buffer[:size].numpy())
+            self._free.append(buffer)
+        else:
+            size = len(piece)
+            write_all(self._file, piece)
+        self._advance(size)
+        self._since_sync += size
         if self._since_sync >= _BETWEEN_SYNCS and (self._sync is None or self._sync.done()):
             if self._sync is not None:
                 self._sync.result()  # an error is told to the first that asks, and to nobody else

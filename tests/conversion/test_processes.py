@@ -175,6 +175,20 @@ class TestChild:
             fail()
         assert gone(found[0])
 
+    def test_an_interruption_during_the_fork_is_not_lost(self) -> None:
+        """What Python calls around a fork may not fail, so that an exception there is dropped."""
+        calls: list[signal.Signals] = []
+        os.register_at_fork(after_in_parent=lambda: [signal.raise_signal(calls.pop()) for _ in calls[:1]])
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            calls.append(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt), processes.Child(lambda: iter([1])):
+                pytest.fail("the block is not entered")
+            with processes.Child(lambda: iter([1])) as child:
+                assert next(child) == 1
+        finally:
+            signal.signal(signal.SIGINT, before)
+
     def test_exceptions_keep_their_trace_and_travel_as_well_as_they_can(self) -> None:
         def fail() -> None:
             {}["a key that is not there"]

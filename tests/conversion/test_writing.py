@@ -4,16 +4,17 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from st_moe.conversion import writing
-from st_moe.conversion.writing import WriteBehind
+from st_moe.conversion.writing import Later, WriteBehind
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -31,9 +32,13 @@ def threads_left() -> list[str]:
     return [thread.name for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name]
 
 
-def made_late(data: bytes, seconds: float) -> bytes:
-    time.sleep(seconds)
-    return data
+def later(data: bytes, seconds: float = 0) -> Later:
+    def fill(buffer: Tensor) -> None:
+        assert buffer.nbytes == len(data)
+        time.sleep(seconds)
+        buffer.numpy()[:] = list(data)
+
+    return Later(len(data), fill)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -49,9 +54,7 @@ def test_bytes_arrive_in_order(
     monkeypatch.setattr(writing.os, "fsync", lambda descriptor: (synced.append(descriptor), fsync(descriptor)))
     chance = random.Random(seed)
     expected = [chance.randbytes(chance.choice([0, 1, 1000, 70_000])) for _ in range(40)]
-    pieces = [
-        data if chance.random() < 0.5 else partial(made_late, data, chance.choice([0, 0.003])) for data in expected
-    ]
+    pieces = [data if chance.random() < 0.5 else later(data, chance.choice([0, 0.003])) for data in expected]
     assert write(tmp_path / "file", pieces, threads) == [len(data) for data in expected]
     assert (tmp_path / "file").read_bytes() == b"".join(expected)
     assert len(synced) == 1 if between == 2**28 else len(synced) >= 2, "the last time for the rest"
@@ -62,14 +65,13 @@ def test_pieces_are_made_on_one_thread_each(tmp_path: Path) -> None:
     """More would wait for each other; who called, and whoever starts later, has as many as before."""
     found: list[int] = []
 
-    def make() -> bytes:
+    def make(buffer: Tensor | None = None) -> None:
         found.append(torch.get_num_threads())
-        return b"1"
 
     before = torch.get_num_threads()
     torch.set_num_threads(5)
     try:
-        write(tmp_path / "file", [make, make, make])
+        write(tmp_path / "file", [Later(1, make)] * 3)
         assert found == [1, 1, 1]
         later = threading.Thread(target=make)
         later.start()
@@ -85,20 +87,20 @@ def test_few_pieces_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thread
     allowed, written, lock = threading.Semaphore(0), [], threading.Lock()
     made: list[int] = []
 
-    def slow(file: Any, data: bytes) -> None:
+    def slow(file: Any, data: Any) -> None:
         allowed.acquire()
-        written.append(data)
+        written.append(bytes(data))
 
-    def make(number: int) -> bytes:
+    def make(number: int, buffer: Tensor) -> None:
         with lock:
             made.append(number)
-        return bytes([number])
+        buffer.fill_(number)
 
     monkeypatch.setattr(writing, "write_all", slow)
     with (tmp_path / "file").open("wb", buffering=0) as file, WriteBehind(file, threads, lambda count: None) as behind:
         for number in range(threads + 1):
-            behind.write(partial(make, number))
-        late = threading.Thread(target=behind.write, args=(partial(make, 99),))
+            behind.write(Later(1, partial(make, number)))
+        late = threading.Thread(target=behind.write, args=(Later(1, partial(make, 99)),))
         late.start()
         late.join(0.2)
         assert late.is_alive()
@@ -117,11 +119,24 @@ def test_pieces_are_made_at_once(tmp_path: Path) -> None:
     """Each waits until the other is begun."""
     both = threading.Barrier(2, timeout=30)
 
-    def make() -> bytes:
-        both.wait()
-        return b"x"
+    assert write(tmp_path / "file", [Later(1, lambda buffer: both.wait())] * 6) == [1] * 6
 
-    assert write(tmp_path / "file", [make] * 6) == [1] * 6
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pieces_are_made_in_few_buffers(tmp_path: Path, threads: int) -> None:
+    """One for each that is made, one for the one that is written; a larger piece gets a larger one."""
+    buffers: set[int] = set()
+    kept: list[Tensor] = []  # so that no two have the same address
+
+    def make(buffer: Tensor) -> None:
+        buffers.add(buffer.data_ptr())
+        kept.append(buffer)
+        buffer.fill_(len(buffer) % 251)
+
+    sizes = [4000, *[300] * 30, 1, 4000, 0, *[4001] * 30]
+    write(tmp_path / "file", [Later(size, make) for size in sizes], threads)
+    assert 1 <= len(buffers) <= 2 * (threads + 1) + 2 < 10
+    assert (tmp_path / "file").read_bytes() == b"".join(bytes([size % 251]) * size for size in sizes)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
@@ -132,16 +147,15 @@ def test_what_goes_wrong_in_a_thread_is_raised(
     """Also when only a sync on the way fails, for the system tells of a lost write but once."""
     calls: list[Any] = []
 
-    def fail(*arguments: Any) -> bytes:
+    def fail(*arguments: Any) -> None:
         calls.append(arguments)
         if len(calls) == 1:
             raise error
-        return b"x" * 1000
 
     monkeypatch.setattr(writing, "_BETWEEN_SYNCS", 1000)
     if place != "make":
         monkeypatch.setattr(writing if place == "write_all" else writing.os, place, fail)
-    piece: bytes | Callable[[], bytes] = fail if place == "make" else b"x" * 1000
+    piece: bytes | Later = Later(1000, fail) if place == "make" else b"x" * 1000
     for pieces in ([piece], [piece] * 9):
         calls.clear()
         with pytest.raises(type(error)):
@@ -155,7 +169,7 @@ def test_an_error_of_the_caller_ends_the_threads(tmp_path: Path) -> None:
 
     def pieces() -> Iterator[Any]:
         for number in (1, 2):
-            yield lambda number=number: (time.sleep(0.05), made.append(number), b"x")[2]
+            yield Later(1, lambda buffer, number=number: (time.sleep(0.05), made.append(number)))
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
