@@ -4,15 +4,14 @@ A dense Llama checkpoint of random bfloat16 weights is made on the spot and upcy
 `st-moe upcycle` does it, once to half as many layers.
 
 Memory is the kernel's mark of that process's largest resident set ("main") and of the largest among the processes that
-plan, write and prove one after the other ("steps"). The bar for either is 300 MB plus one layer's experts. Pages that
-two processes share count once in "all", the sum of their proportional set sizes, read ten times a second.
+plan, write and prove ("steps"). The bar for either is 300 MB plus one layer's experts. Pages that two processes share
+count once in "all", the sum of their proportional set sizes, read ten times a second.
 
 Throughput is output bytes over wall time of the whole call, imports of the plan included, which ends with everything on
-the disk (fsync), beside `cp` of the same bytes to the same disk. `cp` is done when the system has the bytes in memory;
-how long it takes until the disk has them too is a column of its own. Conversion and `cp` take turns, and the medians
-are compared. How fast a system takes bytes depends on what its memory was used for before: in a virtual machine it may
-have gone back to the host, and to get it again takes longer than to write to it. Some seconds of rest before each let
-that happen for both, as where somebody types one command after the other; `--rest 0` leaves it to chance.
+the disk (fsync), beside `cp` of the same bytes to the same disk. Conversion and `cp` take turns, and the medians are
+compared. `cp` is done when the system has the bytes in memory; how long it takes until the disk has them too is in
+another column. Linux keeps up to a fifth of the memory for bytes that the disk does not have yet (vm.dirty_ratio), so
+the output should be larger than that: `cp` of less never waits for a disk.
 
 With `--mergekit-moe PATH` a third table has the whole processes `st-moe upcycle` and `mergekit-moe` on the same input.
 A small conversion goes before everything, so that no row reads the libraries from the disk.
@@ -143,12 +142,6 @@ def copy(source: Path, target: Path) -> tuple[float, float]:
     return copied, time.perf_counter() - start
 
 
-def settle(rest: float) -> None:
-    """Have nothing left to be written out, and some seconds of rest."""
-    os.sync()
-    time.sleep(rest)
-
-
 class Row(NamedTuple):
     """What is converted."""
 
@@ -175,9 +168,9 @@ def measure(place: Path, row: Row, options: argparse.Namespace, turns: int) -> l
     }
     found = []
     for _ in range(turns):
-        settle(options.rest)
+        os.sync()
         converted = convert(source, target, wanted, options.threads)
-        settle(options.rest)
+        os.sync()
         plain, synced = copy(target, copied)
         for folder in (target, copied):
             shutil.rmtree(folder)
@@ -262,13 +255,12 @@ def beside_mergekit(mergekit: Path, source: Path, place: Path, experts: int, max
 def options_of_call() -> argparse.Namespace:
     """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=3.0, help="least size of the larger output")
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="least size of the larger output")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--width", type=int, default=3072)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--max-shard-size", default="1GB")
     parser.add_argument("--turns", type=int, default=3, help="of conversion and cp, for the larger output")
-    parser.add_argument("--rest", type=float, default=6.0, help="seconds before each conversion and each cp")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the conversion")
     parser.add_argument("--recipe", action="append", help="only these recipes")
     parser.add_argument("--folder", type=Path, help="where to work; the disk that is measured")
@@ -315,7 +307,7 @@ def main() -> None:
             )
     Console(width=150).print(memory, speed, *others)
     sizes = f"hidden {options.hidden}, width {options.width}, {options.experts} experts, bfloat16"
-    how = f"shards of {options.max_shard_size}; {options.threads} threads; {options.rest:g} s of rest"
+    how = f"shards of {options.max_shard_size}; {options.threads} threads"
     print(f"{sizes}; {how}; torch {torch.__version__}")
 
 

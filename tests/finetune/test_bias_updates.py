@@ -1,10 +1,13 @@
 """The selection bias moves once per optimizer step, in every training loop, and by what the formula says."""
 
 import copy
+import faulthandler
 import gc
+import os
 import pickle
+import subprocess
+import sys
 import weakref
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -377,13 +380,11 @@ def test_a_skipped_step_moves_nothing(skipped: bool) -> None:
 # ----------------------------------------------------------------------------------------------------- several ranks
 
 
-def train_one_rank(rank: int, folder: Path) -> None:
+def train_one_rank(folder: Path) -> None:
     """Every second row of each batch, under data parallelism; the routers' bias goes to a file."""
-    torch.set_num_threads(1)
-    # By a file: a port that was free a moment ago may be taken. What hangs says where, before the test's time is over.
-    dist.init_process_group(
-        "gloo", f"file://{folder / 'rendezvous'}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+    faulthandler.dump_traceback_later(60)  # what hangs says where, before the test's time is over
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     model = STMoEForCausalLM.from_pretrained(folder / "model").train()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     optimizer = sgd(model)
@@ -398,19 +399,34 @@ def train_one_rank(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+RANK = """
+import sys
+from pathlib import Path
+from tests.finetune.test_bias_updates import train_one_rank
+train_one_rank(Path(sys.argv[1]))
+"""
+
+
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
 def test_two_ranks_move_it_like_one_process_on_both_ranks_data(tmp_path: Path) -> None:
     # The language-model loss is linear in the batch; the balance loss is not.
     model = model_of(balance_loss_coef=0.0)
     model.save_pretrained(tmp_path / "model")
-    context: Any = torch.multiprocessing.spawn(train_one_rank, (tmp_path,), nprocs=2, join=False)
-    try:
-        while not context.join(timeout=90):
-            pass
-    finally:
-        for process in context.processes:
-            process.kill()
+    (tmp_path / "rank.py").write_text(RANK, encoding="utf-8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
+    run = subprocess.run(
+        [*launcher, str(tmp_path / "rank.py"), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        timeout=100,
+        stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(first, second)
     own = copy.deepcopy(model)
