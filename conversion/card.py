@@ -41,7 +41,7 @@ def plan_table(plan: Plan, destination: Path) -> Table:
         "experts per sparse layer": f"{facts['experts']}, of which {facts['choices']} per token",
         "parameters": f"{facts['total']:,}, of which {facts['active']:,} active per token",
         "bytes to write": f"{plan.num_bytes:,} in {len(plan.shards)} files",
-        "peak memory, about": f"{_BASE_MEMORY + plan.largest_bytes:,} bytes",
+        "peak memory of a process, about": f"{_BASE_MEMORY + plan.largest_bytes:,} bytes",
         "free disk": f"{shutil.disk_usage(place).free:,} bytes",
     }
     if plan.computed:

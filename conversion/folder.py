@@ -141,15 +141,18 @@ def upcycle_checkpoint(
             proof_text=proof_text,
             **mixture_fields,
         )
-        with steps_in_a_child_if_light(_steps_with_models, sources, workshop, request) as steps:
+        with (
+            _clearing(workshop / "offload"),
+            steps_in_a_child_if_light(_steps_with_models, sources, workshop, request) as steps,
+        ):
             plan = next(steps)
             workshop.mkdir(parents=True, exist_ok=True)
             journal = Journal(workshop, plan.digest + (" with code" if bundle_code else ""))
             _check_room(plan, workshop, journal)
-            if verify:
-                steps.begin()
-            else:
+            if not verify:
                 steps.close()
+            elif not plan.computed:  # which the dense model would need once more, on the disk and in memory
+                steps.begin()
             journal.non_finite = in_a_child_if_light(_write_weights, plan, workshop, journal)
             (workshop / "computed").unlink(missing_ok=True)
             folder = workshop / "model"
@@ -291,6 +294,7 @@ def _tidy(workshop: Path, target: Path) -> None:
         return
     if not workshop.is_dir() or {path.name for path in workshop.iterdir()} - _WORKSHOP_FILES:
         raise ValueError(f"destination: {workshop} is needed for work and holds something else; move it away")
+    shutil.rmtree(workshop / "offload", ignore_errors=True)
     if (workshop / "replaced").exists() and not target.exists():
         (workshop / "replaced").rename(target)
     if target.exists() and not (workshop / "model").exists():
@@ -309,6 +313,15 @@ def _explaining_a_full_disk(workshop: Path) -> Iterator[None]:
             f"destination: the disk of {workshop} is full; make room and run the same command again, which goes on "
             "from what is complete"
         ) from None
+
+
+@contextmanager
+def _clearing(folder: Path) -> Iterator[None]:
+    """Remove a folder after the block, in which a process that fills it may be killed."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class GivingBack(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor) and sys.platform == "linux":
-            tensors = list(_tensors((*args, *kwargs.values())))
+            tensors = [each for each in _tensors((*args, *kwargs.values())) if each.layout == torch.strided]
             large = _size(tensors) >= _LEAST_GIVEN_BACK  # which is sooner seen than what was read
             read = [tensor for tensor in tensors if _reads(tensor, result)] if large else []
             if _size(read) >= _LEAST_GIVEN_BACK:
@@ -81,8 +81,8 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 
 def _reads(tensor: torch.Tensor, result: torch.Tensor) -> bool:
-    """Whether an operation that made this result has read a tensor in memory, and not made a view of it."""
-    plain = tensor.device.type == result.device.type == "cpu" and tensor.layout == result.layout == torch.strided
+    """Whether an operation that made this result has read a (strided) tensor in memory, and not made a view of it."""
+    plain = tensor.device.type == result.device.type == "cpu" and result.layout == torch.strided
     return plain and tensor.untyped_storage().data_ptr() != result.untyped_storage().data_ptr()
 
 

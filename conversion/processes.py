@@ -140,7 +140,8 @@ class Child:
                 self._process.start()
             theirs.close()
         except KeyboardInterrupt:
-            self._process.kill()
+            if self._process.pid is not None:
+                self._process.kill()
             raise
 
     def __enter__(self) -> Child:

@@ -136,7 +136,7 @@ class Plan:
 
     @property
     def largest_bytes(self) -> int:
-        """Bytes of the most weights in memory at once: one layer's block, one tensor for the proof, a group thrice.
+        """Bytes of the most weights that one process holds: a layer's block, one tensor for the proof, a group thrice.
 
         The host stacks a group's tensors, then joins the stacks.
         """

@@ -71,9 +71,10 @@ class WriteBehind:
     def __init__(self, file: Any, threads: int, advance: Callable[[int], None]) -> None:
         self._file, self._threads, self._advance = file, threads, advance
         self._writer, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        # Operations that took several processors would only wait for each other.
+        # Operations that took more processors than there are would only wait for each other.
         self._torch_threads = torch.get_num_threads()
-        self._makers = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        share = max(1, self._torch_threads // threads)
+        self._makers = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(share,))
         self._waiting: deque[Future[None]] = deque()
         self._free: deque[Tensor] = deque()
         self._sync: Future[None] | None = None
@@ -83,9 +84,15 @@ class WriteBehind:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for threads in (self._writer, self._makers, self._syncer):  # the first waits for the second, and asks the third
-            threads.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._torch_threads)  # for threads to come; a setting holds for its thread and for those
+        try:
+            for threads in (
+                self._writer,
+                self._makers,
+                self._syncer,
+            ):  # the first waits for the next, and asks the last
+                threads.shutdown(cancel_futures=True)
+        finally:
+            torch.set_num_threads(self._torch_threads)  # for threads to come: it holds for its own thread and for those
 
     def write(self, piece: Any) -> None:
         """Have a piece written: a buffer, which must stay as it is until `wait`, or one for `Later`."""

@@ -284,6 +284,80 @@ folder.upcycle_checkpoint(sys.argv[1], sys.argv[2], num_experts=3, recipe="noise
         wait_for(lambda: gone(process), 10)
         assert contents(tmp_path / "moe") == straight
 
+    @pytest.mark.parametrize("verify", [True, False])
+    def test_the_dense_model_runs_while_weights_are_written(
+        self, verify: bool, stock: Path, straight: dict[str, bytes], tmp_path: Path
+    ) -> None:
+        """Without a proof the process that could run it has ended by then."""
+        code = f"""
+import multiprocessing, sys, time
+from pathlib import Path
+from st_moe.conversion import folder
+
+def steps(*arguments):
+    for number, value in enumerate(real_steps(*arguments)):
+        if number == 1:
+            Path(sys.argv[3]).touch()
+        yield value
+
+def write(*arguments):
+    last = time.monotonic() + 30
+    while {verify} and not Path(sys.argv[3]).exists():
+        assert time.monotonic() < last
+        time.sleep(0.01)
+    return real_write(*arguments)
+
+def write_in_a_child(function, *arguments):
+    if function is write:
+        assert len(multiprocessing.active_children()) == {int(verify)}
+    return real_child(function, *arguments)
+
+real_steps, folder._steps_with_models = folder._steps_with_models, steps
+real_write, folder._write_weights = folder._write_weights, write
+real_child, folder.in_a_child_if_light = folder.in_a_child_if_light, write_in_a_child
+fields = dict(num_experts=3, recipe="noise", max_shard_size="60KB", verify={verify})
+folder.upcycle_checkpoint(sys.argv[1], sys.argv[2], **fields)
+assert Path(sys.argv[3]).exists() == {verify}
+"""
+        command = [sys.executable, "-c", code, str(stock), str(tmp_path / "moe"), str(tmp_path / "marker")]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert run.returncode == 0, run.stderr
+        written = contents(tmp_path / "moe")
+        assert {name for name in written if written[name] != straight[name]} == (set() if verify else {"README.md"})
+
+    def test_a_failing_write_leaves_nothing_of_the_dense_run(self, stock: Path, tmp_path: Path) -> None:
+        """Its process is killed with files on the disk that nobody else would remove."""
+        code = """
+import sys, time
+from pathlib import Path
+from st_moe.conversion import folder
+
+offload = Path(sys.argv[2] + ".partial", "offload")
+
+def steps(*arguments):
+    yield next(real(*arguments))
+    offload.mkdir()
+    (offload / "half").touch()
+    time.sleep(60)
+
+def fail(*arguments):
+    while not (offload / "half").exists():
+        time.sleep(0.01)
+    raise OSError(28, "No space left on device")
+
+real, folder._steps_with_models, folder._write_weights = folder._steps_with_models, steps, fail
+try:
+    folder.upcycle_checkpoint(sys.argv[1], sys.argv[2], num_experts=3)
+except OSError as error:
+    assert "is full; make room" in str(error), error
+    assert offload.parent.exists() and not offload.exists()
+else:
+    raise AssertionError
+"""
+        command = [sys.executable, "-c", code, str(stock), str(tmp_path / "moe")]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert run.returncode == 0, run.stderr
+
     def test_an_interrupted_run_says_so_in_one_line(
         self, stock: Path, straight: dict[str, bytes], tmp_path: Path
     ) -> None:
@@ -347,6 +421,13 @@ def test_weights_that_were_written_to_are_kept(tmp_path: Path) -> None:
     with GivingBack():
         for _ in range(2):
             assert mapped.sum() == 2047 * 1024
+
+
+def test_sparse_tensors_are_let_through() -> None:
+    """They have no bytes in one place."""
+    sparse = torch.eye(3).to_sparse()
+    with GivingBack():
+        assert torch.equal(torch.sparse.mm(sparse, torch.ones(3, 2)), torch.ones(3, 2))
 
 
 def test_no_other_memory_is_given_back() -> None:

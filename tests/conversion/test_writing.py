@@ -61,7 +61,8 @@ def test_bytes_arrive_in_order(
     assert not threads_left()
 
 
-def test_pieces_are_made_on_one_thread_each(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("makers", "share"), [(1, 5), (2, 2), (7, 1)])
+def test_makers_share_the_threads_of_operations(tmp_path: Path, makers: int, share: int) -> None:
     """More would wait for each other; who called, and whoever starts later, has as many as before."""
     found: list[int] = []
 
@@ -71,8 +72,8 @@ def test_pieces_are_made_on_one_thread_each(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(5)
     try:
-        write(tmp_path / "file", [Later(1, make)] * 3)
-        assert found == [1, 1, 1]
+        write(tmp_path / "file", [Later(1, make)] * 3, makers)
+        assert found == [share] * 3
         later = threading.Thread(target=make)
         later.start()
         later.join()

@@ -382,7 +382,7 @@ def test_a_skipped_step_moves_nothing(skipped: bool) -> None:
 
 def train_one_rank(folder: Path) -> None:
     """Every second row of each batch, under data parallelism; the routers' bias goes to a file."""
-    faulthandler.dump_traceback_later(60)  # what hangs says where, before the test's time is over
+    faulthandler.dump_traceback_later(60, exit=True)  # what hangs says where, and ends
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     model = STMoEForCausalLM.from_pretrained(folder / "model").train()
