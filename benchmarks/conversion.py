@@ -11,7 +11,7 @@ Throughput is output bytes over wall time of the whole call, imports of the plan
 the disk (fsync), beside `cp` of the same bytes to the same disk. Conversion and `cp` take turns, and the medians are
 compared. `cp` is done when the system has the bytes in memory; how long it takes until the disk has them too is in
 another column. Linux keeps up to a fifth of the memory for bytes that the disk does not have yet (vm.dirty_ratio), so
-the output should be larger than that: `cp` of less never waits for a disk.
+`cp` of less never waits for a disk; `--gigabytes` asks for more.
 
 With `--mergekit-moe PATH` a third table has the whole processes `st-moe upcycle` and `mergekit-moe` on the same input.
 A small conversion goes before everything, so that no row reads the libraries from the disk.
@@ -255,7 +255,7 @@ def beside_mergekit(mergekit: Path, source: Path, place: Path, experts: int, max
 def options_of_call() -> argparse.Namespace:
     """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=8.0, help="least size of the larger output")
+    parser.add_argument("--gigabytes", type=float, default=3.0, help="least size of the larger output")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--width", type=int, default=3072)
     parser.add_argument("--experts", type=int, default=8)
