@@ -17,6 +17,7 @@ from st_moe.conversion.processes import return_freed_memory
 
 _MADV_DONTNEED = 4  # of Linux' madvise
 _LEAST_GIVEN_BACK = 4 * 2**20  # bytes in one operation; less goes with its module, and is not worth the look
+_BETWEEN_RETURNS = 2**27  # bytes read; what operations have freed is there for the next ones until then, and mapped
 
 
 class GivingBack(TorchFunctionMode):
@@ -29,6 +30,7 @@ class GivingBack(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._mappings: list[tuple[int, int]] = []
+        self._since_return = 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -48,7 +50,6 @@ class GivingBack(TorchFunctionMode):
         """Give the pages of tensors back that are mapped from a file and as they are there."""
         if _size(tensor for tensor in tensors if self._mapping_of(tensor) is None) >= _LEAST_GIVEN_BACK:
             self._mappings = _file_mappings()
-        found = False
         for tensor in tensors:
             mapping = self._mapping_of(tensor)
             # What was written to would be lost. Nobody knows of an inference tensor; of others the version tells.
@@ -56,9 +57,10 @@ class GivingBack(TorchFunctionMode):
                 page = tensor.data_ptr() - tensor.data_ptr() % mmap.PAGESIZE
                 last = min(tensor.data_ptr() + tensor.nbytes, mapping[1])  # an expanded view has more bytes than memory
                 ctypes.CDLL(None).madvise(ctypes.c_void_p(page), ctypes.c_size_t(last - page), _MADV_DONTNEED)
-                found = True
-        if found:
+                self._since_return += last - page
+        if self._since_return >= _BETWEEN_RETURNS:
             return_freed_memory()
+            self._since_return = 0
 
     def _mapping_of(self, tensor: torch.Tensor) -> tuple[int, int] | None:
         """The mapping that a tensor lies in, of those that are known and still there."""

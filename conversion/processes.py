@@ -272,7 +272,7 @@ def _spare_memory(libc: Any) -> None:
     if hasattr(libc, "mallopt"):  # glibc alone has it
         libc.mallopt(_M_ARENA_MAX, 1)
     # oneDNN would keep a kernel for every number of rows that it has seen.
-    os.environ |= {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
+    os.environ |= {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
     if _HUGE_PAGES.exists():
         # Of PyTorch, which looks when it first allocates: the system hands large tensors out five times as fast.
         os.environ["THP_MEM_ALLOC_ENABLE"] = "1"

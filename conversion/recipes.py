@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from st_moe.configuration import STMoEConfig
+from st_moe.conversion.draws import normal
 from st_moe.conversion.partition import PARTITIONS
 
 if TYPE_CHECKING:
@@ -139,9 +140,9 @@ def noise(
 
     def add(weight: Tensor, of_expert: torch.Generator, of_weight: torch.Generator) -> None:
         for piece in weight.view(-1).split(_PIECE):
-            draw = torch.randn(piece.shape, generator=of_weight).mul_(scale)
-            draw.mul_(torch.rand(piece.shape, generator=of_weight) < fraction)
-            piece += draw.to(piece)
+            draw = normal(piece.shape, 0.0, scale, piece.dtype, of_weight)
+            draw.masked_fill_(torch.rand(piece.shape, generator=of_weight) >= fraction, 0)
+            piece += draw.to(piece.device)
 
     return LayerTensors(_varied(sources[0], num_experts, generator, add, add))
 
@@ -515,8 +516,11 @@ def _draw_anew(matrix: Tensor, axis: int, neurons: Tensor, mean: float, std: flo
         blocks = [(rows, neurons) for rows in matrix.split(max(1, _PIECE // len(neurons)))]
     for block, chosen in blocks:
         shape = (len(chosen), block.shape[1]) if axis == 0 else (len(block), len(chosen))
-        draw = torch.randn(shape, generator=generator).mul_(std).add_(mean)
-        block.index_copy_(axis, chosen.to(block.device), draw.to(block))
+        draw = normal(shape, mean, std, block.dtype, generator).to(block.device)
+        if axis == 0:
+            block.index_copy_(0, chosen.to(block.device), draw)
+        else:  # `index_copy_` takes twice as long along the last axis
+            block.scatter_(1, chosen.to(block.device).expand(len(block), -1), draw)
 
 
 def _put(experts: ExpertTensors, which: slice, ffn: FFNTensors) -> None:

@@ -116,6 +116,14 @@ def test_noise_moves_a_fraction_of_the_weights(fraction: float) -> None:
         assert overlap.item() == pytest.approx(fraction**2, abs=0.05)
 
 
+def test_noise_beyond_the_dtype_leaves_the_other_weights_alone() -> None:
+    dense = dense_ffn(dtype=torch.float16)
+    experts = stacked(noise([dense], E, generator(), scale=1e6, fraction=0.5))
+    kept = (experts.w_in == dense.w_in).double().mean()
+    assert kept.item() == pytest.approx(0.5, abs=0.05)
+    assert not experts.w_in.isnan().any()
+
+
 @pytest.mark.parametrize("options", [{"scale": 0.0}, {"fraction": 0.0}])
 def test_noise_of_nothing_is_a_copy(options: dict[str, Any]) -> None:
     dense = dense_ffn()
@@ -124,10 +132,11 @@ def test_noise_of_nothing_is_a_copy(options: dict[str, Any]) -> None:
     assert all(torch.equal(expert, dense.w_out) for expert in experts.w_out)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("ratio", "count"), [(0.5, 30), (0.1, 6), (0.33, 19), (1.0, 60)])
-def test_drop_redraws_whole_neurons(gated: bool, ratio: float, count: int) -> None:
-    dense = dense_ffn(gated, bias=True)
+def test_drop_redraws_whole_neurons(gated: bool, ratio: float, count: int, dtype: torch.dtype) -> None:
+    dense = dense_ffn(gated, bias=True, dtype=dtype)
     experts = stacked(drop([dense], E, generator(), ratio=ratio))
     sets = []
     for expert in range(E):
@@ -137,7 +146,7 @@ def test_drop_redraws_whole_neurons(gated: bool, ratio: float, count: int) -> No
         for new, old in zip(ours, theirs, strict=True):
             changed = [i for i in range(WIDTH) if not torch.equal(new[i], old[i])]
             # A neuron is redrawn entirely or not at all.
-            assert all((new[i] != old[i]).float().mean() > 0.95 for i in changed)
+            assert all((new[i] != old[i]).float().mean() > 0.8 for i in changed)
             per_matrix.append(changed)
             replaced, drawn = old[changed].double(), new[changed].double()
             error = replaced.std() / len(changed) ** 0.5 / H**0.5
