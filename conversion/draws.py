@@ -14,8 +14,8 @@ _LEVELS = 2**16
 def normal(shape: Sequence[int], mean: float, std: float, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Values from a normal distribution, on the CPU.
 
-    Those of 16 bits are one of 65,536 equally likely levels, at most 4.3 standard deviations from the mean: half of the
-    time of `torch.randn`, and no further apart than bfloat16's own values but for one level in a hundred.
+    Those of 16 bits are one of 65,536 equally likely levels, at most 4.3 standard deviations from the mean: faster
+    than `torch.randn`, and no further apart than bfloat16's own values but for one level in a hundred.
     """
     if dtype.itemsize > 2:
         return torch.randn(shape, generator=generator).mul_(std).add_(mean).to(dtype)
