@@ -412,6 +412,21 @@ def test_pages_of_mapped_weights_are_given_back(operation: str, tmp_path: Path) 
     assert torch.equal(mapped[1], drawn[1])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="madvise of Linux")
+def test_freed_memory_is_returned_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time would make a proof slower; never, larger."""
+    save_file({"weight": torch.ones(2048, 1024)}, tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        mapped = file.get_tensor("weight")
+    returned: list[int] = []
+    monkeypatch.setattr(giving_back, "_BETWEEN_RETURNS", 3 * mapped.nbytes - 5 * mmap.PAGESIZE)
+    with GivingBack():
+        for number in range(1, 11):
+            monkeypatch.setattr(giving_back, "return_freed_memory", partial(returned.append, number))
+            assert mapped.sum() == mapped.numel()
+    assert returned == [3, 6, 9]
+
+
 def test_weights_that_were_written_to_are_kept(tmp_path: Path) -> None:
     """Their pages are no longer those of the file."""
     save_file({"weight": torch.ones(2048, 1024)}, tmp_path / "model.safetensors")
