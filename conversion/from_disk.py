@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -35,37 +35,67 @@ def run_from_disk(
 ) -> Result:
     """What `run` makes of a model of which one module's weights are in memory at a time.
 
-    A model with a module that reads another one's weights cannot be run so (accelerate brings in a module's own): it is
-    loaded whole, which a warning says.
+    A model with a module that reads another one's weights cannot be run so (accelerate brings in a module's own). It
+    runs with everything but its layers in memory then, and if they are to blame, whole. A warning says so.
 
     Args:
-        load: gives the model; takes `offload`, a folder for what has to be computed from the files, or None for the
-            whole model in memory.
-        place: where that folder, `offload`, is made for a while.
+        load: gives the model; takes `device_map` and `offload_folder` as `from_pretrained` does.
+        place: where a folder `offload`, for what has to be computed from the files, is made for a while.
         run: what is done with the model.
 
     Raises:
         OSError: when the disk is full.
+        RuntimeError: what `run` raises.
     """
     offload = place / "offload"
     offload.mkdir(parents=True, exist_ok=True)
     checkpoint_of_progress("run")
     try:
+        reason = ""
         with GivingBack():
-            with _without_notes():
-                model = load(offload=offload)
-            return run(model)
+            for in_memory, model in _placed(load, offload):
+                if in_memory:
+                    logger.warning(f"Run with {in_memory} in memory, for it cannot run module by module: {reason}.")
+                try:
+                    return run(model)
+                except RuntimeError as error:
+                    reason = str(error).partition("\n")[0]
+                    if "meta" not in reason:  # where weights that are not there are
+                        raise
+                del model
+            raise RuntimeError(reason)
     except SafetensorError as error:  # the library's own for every fault of a disk
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        if "meta" not in reason:  # where weights that are not there are
-            raise
     finally:
         shutil.rmtree(offload)
-    logger.warning(f"Loaded whole, for it cannot be run module by module from the disk: {reason}.")
-    return run(load(offload=None))
+
+
+def _placed(load: Callable[..., PreTrainedModel], offload: Path) -> Iterator[tuple[str, PreTrainedModel]]:
+    """The model with less and less of it on the disk, and what is in memory then."""
+    with _without_notes():
+        model = load(device_map={"": "disk"}, offload_folder=offload)
+    yield "", model
+    device_map = dict(_layers_on_disk(model))
+    del model
+    with _without_notes():
+        model = load(device_map=device_map, offload_folder=offload)
+    yield "all but the layers", model
+    del model
+    yield "everything", load()
+
+
+def _layers_on_disk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Where each part of a model is, as a `device_map`, if only its lists of layers are on the disk."""
+    for name, _ in module.named_parameters(recurse=False):
+        yield prefix + name, "cpu"
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield prefix + name, "disk"
+        elif any(isinstance(part, nn.ModuleList) for part in child.modules()):
+            yield from _layers_on_disk(child, f"{prefix}{name}.")
+        else:
+            yield prefix + name, "cpu"
 
 
 @contextmanager
@@ -124,18 +154,15 @@ def compare_folder(reference: Reference, folder: Path) -> IdentityProof:
     return compared(theirs, ours, inputs, mask)
 
 
-def load_from_disk(
-    model_class: Any, source: str | Path, dtype: str | torch.dtype, offload: Path | None
-) -> PreTrainedModel:
+def load_from_disk(model_class: Any, source: str | Path, dtype: str | torch.dtype, **placement: Any) -> PreTrainedModel:
     """A model for `run_from_disk`, with experts in the plain loop, which reads them one by one.
 
     Args:
         model_class: a model's or an Auto class.
         source: folder, or name on the Hub.
         dtype: as for `from_pretrained`.
-        offload: folder for what has to be computed from the files, or None for the whole model in memory.
+        placement: `device_map` and `offload_folder`, as for `from_pretrained`.
     """
-    place = {} if offload is None else {"device_map": {"": "disk"}, "offload_folder": offload}
     return model_class.from_pretrained(
-        source, dtype=dtype, use_safetensors=True, experts_implementation="eager", **place
+        source, dtype=dtype, use_safetensors=True, experts_implementation="eager", **placement
     )

@@ -176,21 +176,21 @@ def _fill_blocks(
         logger.info(f"{name}: {ffns[0].describe()}")
 
 
-def load_dense(source: str | Path, offload: str | Path | None = None) -> PreTrainedModel:
+def load_dense(source: str | Path, **placement: Any) -> PreTrainedModel:
     """Load a dense model in its own dtype, from safetensors only and without remote code.
 
     Args:
         source: folder, or name on the Hub.
-        offload: folder for what has to be computed from the files; with one, weights stay on the disk and are read
-            module by module in every forward pass.
+        placement: `device_map` and `offload_folder`, as for `from_pretrained`.
 
     Raises:
         ValueError: when the folder or its files are not a dense checkpoint in safetensors.
     """
     check_checkpoint(source)
     auto = auto_class_of(dense_config(source))
-    place = {} if offload is None else {"device_map": {"": "disk"}, "offload_folder": offload}
-    loaded: Any = auto.from_pretrained(source, dtype="auto", use_safetensors=True, output_loading_info=True, **place)
+    loaded: Any = auto.from_pretrained(
+        source, dtype="auto", use_safetensors=True, output_loading_info=True, **placement
+    )
     model, found = loaded
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(key) for key in found.get(fault) or ())
