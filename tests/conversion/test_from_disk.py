@@ -41,7 +41,7 @@ EVERYTHING = {"embed_tokens", "layers", "norm", "lm_head"}
         ({"embed_tokens"}, [EVERYTHING, {"layers"}]),
         ({"layers"}, [EVERYTHING, {"layers"}, set()]),
     ],
-    ids=str,
+    ids=["nothing", "embeddings", "layers"],
 )
 def test_no_more_is_in_memory_than_a_model_needs(
     needed: set[str],
@@ -67,9 +67,10 @@ def test_no_more_is_in_memory_than_a_model_needs(
     assert seen == tried
     messages = [record.getMessage() for record in caplog.records if record.name == from_disk.logger.name]
     reason = "for it cannot run module by module: a tensor is on device meta."
-    assert messages == [f"Run with {part} in memory, {reason}" for part in ("all but the layers", "everything")][
-        : len(tried) - 1
-    ]
+    assert (
+        messages
+        == [f"Run with {part} in memory, {reason}" for part in ("all but the layers", "everything")][: len(tried) - 1]
+    )
     assert not (tmp_path / "offload").exists()
 
 
