@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import re
 import shutil
@@ -51,19 +52,8 @@ def run_from_disk(
     offload.mkdir(parents=True, exist_ok=True)
     checkpoint_of_progress("run")
     try:
-        reason = ""
         with GivingBack():
-            for in_memory, model in _placed(load, offload):
-                if in_memory:
-                    logger.warning(f"Run with {in_memory} in memory, for it cannot run module by module: {reason}.")
-                try:
-                    return run(model)
-                except RuntimeError as error:
-                    reason = str(error).partition("\n")[0]
-                    if "meta" not in reason:  # where weights that are not there are
-                        raise
-                del model
-            raise RuntimeError(reason)
+            return _run_with_the_least(load, offload, run)
     except SafetensorError as error:  # the library's own for every fault of a disk
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
@@ -71,23 +61,40 @@ def run_from_disk(
         shutil.rmtree(offload)
 
 
-def _placed(load: Callable[..., PreTrainedModel], offload: Path) -> Iterator[tuple[str, PreTrainedModel]]:
-    """The model with less and less of it on the disk, and what is in memory then."""
+def _run_with_the_least(
+    load: Callable[..., PreTrainedModel], offload: Path, run: Callable[[PreTrainedModel], Result]
+) -> Result:
+    """`run_from_disk`, with no more in memory than the model cannot do without."""
     with _without_notes():
         model = load(device_map={"": "disk"}, offload_folder=offload)
-    yield "", model
+    try:
+        return run(model)
+    except RuntimeError as error:
+        _say_what_goes_on(error, "all but the layers")
     device_map = dict(_layers_on_disk(model))
-    del model
     with _without_notes():
         model = load(device_map=device_map, offload_folder=offload)
-    yield "all but the layers", model
-    del model
-    yield "everything", load()
+    try:
+        return run(model)
+    except RuntimeError as error:
+        _say_what_goes_on(error, "everything")
+    finally:
+        del model
+        gc.collect()  # accelerate's hooks hold a model in cycles, and this one has parts in memory
+    return run(load())
+
+
+def _say_what_goes_on(error: RuntimeError, in_memory: str) -> None:
+    """Warn that a model runs again with this in memory, if it was for want of weights that it did not, or raise."""
+    reason = str(error).partition("\n")[0]
+    if "meta" not in reason:  # where weights that are not there are
+        raise error
+    logger.warning(f"Run with {in_memory} in memory, for it cannot run module by module: {reason}.")
 
 
 def _layers_on_disk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Where each part of a model is, as a `device_map`, if only its lists of layers are on the disk."""
-    for name, _ in module.named_parameters(recurse=False):
+    for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         yield prefix + name, "cpu"
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList):

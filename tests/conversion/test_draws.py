@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from st_moe.conversion import draws
 from st_moe.conversion.draws import normal
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -61,6 +62,15 @@ def test_neighbours_have_nothing_to_do_with_each_other(dtype: torch.dtype) -> No
     for lag in range(1, 9):
         correlation = torch.corrcoef(torch.stack([values[lag:], values[:-lag]]))[0, 1]
         assert correlation.abs() < 4 / 40_000**0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_are_on_the_cpu_whatever_the_default(dtype: torch.dtype) -> None:
+    """Of the first caller too, for whom the levels are computed."""
+    draws._normal_levels.cache_clear()
+    with torch.device("meta"):
+        first = normal((5,), 0.0, 1.0, dtype, generator())
+    assert torch.equal(first, normal((5,), 0.0, 1.0, dtype, generator()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
